@@ -1,0 +1,181 @@
+"""Logical axis names, the rules that map them to mesh axes, and the only file that says PartitionSpec.
+
+Parameters and activations name their dimensions by meaning ("embed", "heads", "batch", ...). Two
+tables say which mesh axis, if any, splits each name. A dimension that its mesh axis does not divide
+is kept whole on every device of that axis, and that is logged once.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llm_jax.config import nearest
+
+logger = logging.getLogger(__name__)
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+# Where the parameters live. "embed" over fsdp: each data-parallel group holds a part of every matrix.
+PARAMS: Rules = {
+    "layers": None,
+    "embed": "fsdp",
+    "embed_out": None,  # second width of a square matrix
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "positions": None,
+    "types": None,
+    "classes": None,
+}
+# Where the activations and caches live: the batch over both data axes, heads and mlp over tensor.
+COMPUTE: Rules = {
+    "layers": None,
+    "batch": ("data", "fsdp"),
+    "seq": None,
+    "embed": None,
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+}
+
+_reported: set[tuple] = set()
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """{'data': 1, 'fsdp': 1, 'tensor': 8} from 'data:1,fsdp:1,tensor:8'; one size may be -1."""
+    shape = {}
+    for part in filter(None, text.replace(" ", "").split(",")):
+        name, _, size = part.partition(":")
+        if name not in MESH_AXES:
+            raise ValueError(f"--mesh={text}: no axis {name!r}{nearest(name, MESH_AXES)}")
+        if name in shape:
+            raise ValueError(f"--mesh={text}: axis {name!r} is given twice")
+        if not size.lstrip("-").isdigit() or int(size) == 0 or int(size) < -1:
+            raise ValueError(f"--mesh={text}: size {size!r} of {name!r}: expected 1, 2, ... or -1")
+        shape[name] = int(size)
+    return shape
+
+
+def make_mesh(shape: Mapping[str, int] | str = "", devices: Sequence | None = None) -> Mesh:
+    """Mesh with axes data, fsdp, tensor over the first devices that the shape needs.
+
+    Sizes not named are 1; one may be -1 and takes the devices that are left. Raises ValueError
+    when the sizes do not fit the devices there are.
+    """
+    sizes = dict.fromkeys(MESH_AXES, 1) | (parse_mesh(shape) if isinstance(shape, str) else shape)
+    if unknown := set(sizes) - set(MESH_AXES):
+        raise ValueError(f"mesh axes {sorted(unknown)} are unknown; expected {MESH_AXES}")
+    devices = list(jax.devices() if devices is None else devices)
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh {sizes}: only one axis may be -1, got {free}")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        if len(devices) % fixed:
+            raise ValueError(f"mesh {sizes}: {len(devices)} devices are not a multiple of {fixed}")
+        sizes[free[0]] = len(devices) // fixed
+    needed = math.prod(sizes.values())
+    if needed > len(devices):
+        raise ValueError(
+            f"mesh {sizes} needs {needed} devices, there are {len(devices)}; on a CPU set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * len(sizes),
+        devices=devices[:needed],
+    )
+
+
+def spec(axes: Sequence[str | None], rules: Rules, shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """PartitionSpec of an array with these logical axes and this shape on `mesh`."""
+    return PartitionSpec(*(_mesh_axis(a, rules, n, mesh) for a, n in zip(axes, shape, strict=True)))
+
+
+def shardings(axes: Any, shapes: Any, mesh: Mesh, rules: Rules = PARAMS) -> Any:
+    """Tree of NamedSharding for a tree of logical axes (tuples) and the matching tree of shapes."""
+    return jax.tree.map(
+        lambda a, s: NamedSharding(mesh, spec(a, rules, s.shape, mesh)),
+        axes,
+        shapes,
+        is_leaf=is_axes,
+    )
+
+
+def is_axes(leaf: Any) -> bool:
+    """Whether `leaf` is the tuple of logical axes of one array, for `is_leaf=`."""
+    return isinstance(leaf, tuple) and all(a is None or isinstance(a, str) for a in leaf)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """Rows over the data axes, everything else whole: how a batch [B, ...] enters a step."""
+    axes = ("batch",) + (None,) * (len(shape) - 1)
+    return NamedSharding(mesh, spec(axes, COMPUTE, shape, mesh))
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Constrain an activation by logical axis names; the identity where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, COMPUTE, x.shape, mesh))
+
+
+def on_shards(fn: Callable, in_axes: Sequence[tuple], out_like: Sequence[int]) -> Callable:
+    """`fn` run on each device's own part of its arguments (shard_map); as it is where no mesh is set.
+
+    in_axes: logical axes of each argument. out_like: for each result, the argument it is split like.
+    """
+
+    def run(*args):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return fn(*args)
+        specs = [spec(axes, COMPUTE, x.shape, mesh) for axes, x in zip(in_axes, args, strict=True)]
+        outs = tuple(specs[i] for i in out_like)
+        return jax.shard_map(fn, in_specs=tuple(specs), out_specs=outs, check_vma=False)(*args)
+
+    return run
+
+
+def data_shards(mesh: Mesh) -> int:
+    """How many parts a batch is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _mesh_axis(name: str | None, rules: Rules, size: int, mesh: Any) -> str | tuple | None:
+    """The mesh axis (or axes) that splits a dimension of this size, or None."""
+    if name is None:
+        return None
+    if name not in rules:
+        raise ValueError(f"logical axis {name!r} has no sharding rule{nearest(name, rules)}")
+    target = rules[name]
+    if target is None:
+        return None
+    parts = math.prod(mesh.shape[a] for a in ((target,) if isinstance(target, str) else target))
+    if parts == 1:
+        return None
+    if size % parts:
+        if (name, size, parts) not in _reported:
+            _reported.add((name, size, parts))
+            logger.warning(
+                "%s=%d is not divisible by %s=%d: kept whole on each device", name, size, target, parts
+            )
+        return None
+    return target

@@ -1,0 +1,98 @@
+"""Trees of arrays: paths as strings, byte counts, and stacked layers taken apart without a copy."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PerLayer:
+    """Stands where an array stacked over layers stood: one array per layer, layer 0 first.
+
+    XLA:CPU copies the slice of a stacked weight before every product, which triples the memory
+    traffic of a decode step; separate arrays are read in place.
+    """
+
+    parts: tuple[Any, ...]
+
+    def __getitem__(self, layer: int) -> Any:
+        return self.parts[layer]
+
+
+def is_per_layer(leaf: Any) -> bool:
+    """Whether `leaf` is a `PerLayer`, for `is_leaf=`."""
+    return isinstance(leaf, PerLayer)
+
+
+def path_string(path: tuple) -> str:
+    """'layers/attn/wq' for a key path of `jax.tree_util`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def flatten(tree: Any, is_leaf: Callable | None = None) -> dict[str, Any]:
+    """{'layers/attn/wq': leaf, ...} in tree order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return {path_string(path): leaf for path, leaf in leaves}
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested dict that `flatten` came from."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of all arrays (or ShapeDtypeStructs) in the tree, counted once whatever the sharding."""
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def num_elements(tree: Any) -> int:
+    """Number of elements of all arrays in the tree."""
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
+
+
+def mask(tree: Any, patterns: Mapping[str, Any]) -> Any:
+    """Value of the one regex in `patterns` that fully matches each leaf's path, as a tree.
+
+    Raises ValueError when a leaf matches no pattern or several, or when a pattern matches nothing.
+    """
+    used = set()
+
+    def choose(path, _):
+        name = path_string(path)
+        hits = [p for p in patterns if re.fullmatch(p, name)]
+        if len(hits) != 1:
+            raise ValueError(f"{name}: matched by {hits or 'no pattern'}; expected exactly one")
+        used.add(hits[0])
+        return patterns[hits[0]]
+
+    result = jax.tree_util.tree_map_with_path(choose, tree)
+    if unused := set(patterns) - used:
+        raise ValueError(f"patterns that match no leaf: {sorted(unused)}")
+    return result
+
+
+def unstack(stacked: Any) -> Any:
+    """Each array [L, ...] as `PerLayer` views of the same memory; one CPU device, read-only use.
+
+    Views share the buffers of `stacked` when a layer's bytes keep XLA's alignment (64 bytes),
+    else that leaf is copied.
+    """
+    return jax.tree.map(lambda x: PerLayer(tuple(_views(x))), stacked)
+
+
+def _views(x: jax.Array) -> list[jax.Array]:
+    (device,) = x.devices()
+    host = np.asarray(x)  # zero-copy on CPU
+    return [jax.device_put(host[i], device, may_alias=True) for i in range(host.shape[0])]
