@@ -1,0 +1,67 @@
+"""A model without its arrays: structure, shapes, logical axes; and how parameters are born.
+
+`describe(config)` allocates nothing. From there on parameters are a plain nested dict, which every
+jitted step takes as an argument and opens with `model.bind(params)`, an act of trace time only.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from llm_jax.config import ModelConfig
+from llm_jax.models.transformer import Transformer
+from llm_jax.sharding import shardings
+
+Params = dict[str, Any]  # nested; every leaf under "layers" leads with the layer axis
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """What there is to know of a model before it has parameters. Holds no arrays."""
+
+    config: ModelConfig
+    graphdef: nnx.GraphDef
+    shapes: Params  # ShapeDtypeStruct in the parameter dtype
+    axes: Params  # logical axis names, a tuple for each leaf
+    contract: Params  # the axes that products sum over, a tuple for each leaf
+
+    def bind(self, params: Params) -> Transformer:
+        """The modules with these parameters in them; call it inside a jit."""
+        return nnx.merge(self.graphdef, params)
+
+    def shardings(self, mesh: Mesh) -> Params:
+        """NamedSharding of every parameter on `mesh`."""
+        return shardings(self.axes, self.shapes, mesh)
+
+
+@functools.lru_cache(maxsize=64)
+def describe(config: ModelConfig) -> Model:
+    """Model of a config, with nothing allocated; unset dtypes take the backend's default."""
+    config = config.with_dtypes(jax.default_backend())
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+
+    def metadata(name):
+        is_variable = lambda v: isinstance(v, nnx.Variable)  # noqa: E731
+        values = jax.tree.map(lambda v: v.get_metadata(name), state, is_leaf=is_variable)
+        return nnx.to_pure_dict(values)
+
+    dtype = jnp.dtype(config.param_dtype)
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), nnx.to_pure_dict(state))
+    return Model(config, graphdef, shapes, metadata("axes"), metadata("contract"))
+
+
+def init_params(model: Model, mesh: Mesh, key: jax.Array) -> Params:
+    """Random parameters born on their shards: no device ever holds the whole tree."""
+
+    def make(key):
+        state = nnx.split(Transformer(model.config, rngs=nnx.Rngs(key)))[1]
+        params = nnx.to_pure_dict(state)
+        return jax.tree.map(lambda p, s: p.astype(s.dtype), params, model.shapes)
+
+    with jax.set_mesh(mesh):
+        return jax.jit(make, out_shardings=model.shardings(mesh))(key)

@@ -1,0 +1,82 @@
+"""What is read off the hidden states: vocabulary logits, class logits, sentence vectors.
+
+Letters: B batch, T tokens, D embed, V vocab, C classes.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llm_jax.config import ModelConfig
+from llm_jax.models.layers import ACTIVATIONS, Norm, add_bias, vector, weight
+from llm_jax.ops.einsum import einsum
+
+
+def pool(hidden: jax.Array, mask: jax.Array, kind: str) -> jax.Array:
+    """hidden [B, T, D], mask [B, T] (0 = padding) -> one vector a row [B, D].
+
+    cls: the first real token; last: the last real token; mean: over the real tokens (float32).
+    """
+    real = mask > 0
+    if kind == "mean":
+        weights = real.astype(jnp.float32)
+        total = jnp.einsum("btd,bt->bd", hidden.astype(jnp.float32), weights)
+        count = jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0)
+        return (total / count).astype(hidden.dtype)
+    steps = jnp.arange(mask.shape[1])
+    if kind == "cls":
+        index = jnp.argmax(real, axis=1)
+    else:
+        index = jnp.argmax(jnp.where(real, steps[None], -1), axis=1)
+    return jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
+
+
+class LMHead(nnx.Module):
+    """Logits over the vocabulary; `transform` is BERT's dense + activation + norm before them."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        d, v = cfg.embed_dim, cfg.vocab_size
+        tied, masked = cfg.tie_embeddings, cfg.head == "masked_lm"
+        self.softcap = cfg.final_softcap
+        self.activation = ACTIVATIONS[cfg.activation]
+        self.weight = None if tied else weight(rngs, (v, d), ("vocab", "embed"), ("embed",))
+        self.bias = vector(0.0, (v,), ("vocab",)) if masked else None
+        square = ("embed_out", "embed")
+        self.transform = weight(rngs, (d, d), square, ("embed",)) if masked else None
+        self.transform_bias = vector(0.0, (d,), ("embed",)) if masked else None
+        self.transform_norm = Norm(cfg, d, "embed") if masked else None
+
+    def __call__(self, hidden: jax.Array, embedding: nnx.Param) -> jax.Array:
+        """hidden [..., D], embedding [V, D] (used when tied) -> logits [..., V] float32."""
+        if self.transform is not None and self.transform_norm is not None:
+            hidden = add_bias(einsum("...d,ed->...e", hidden, self.transform), self.transform_bias)
+            hidden = self.transform_norm(self.activation(hidden))
+        table = embedding if self.weight is None else self.weight
+        logits = add_bias(einsum("...d,vd->...v", hidden, table), self.bias).astype(jnp.float32)
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+
+class Pooler(nnx.Module):
+    """tanh(dense(x)) on the pooled vector (BERT)."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        d = cfg.embed_dim
+        self.weight = weight(rngs, (d, d), ("embed_out", "embed"), ("embed",))
+        self.bias = vector(0.0, (d,), ("embed",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, D] -> [B, D]."""
+        return jnp.tanh(add_bias(einsum("bd,ed->be", x, self.weight), self.bias))
+
+
+class ClassifierHead(nnx.Module):
+    """Class logits of the pooled vector; decoders of Hugging Face have no bias there."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        c, d = cfg.num_classes, cfg.embed_dim
+        self.weight = weight(rngs, (c, d), ("classes", "embed"), ("embed",))
+        self.bias = None if cfg.causal else vector(0.0, (c,), ("classes",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, D] -> logits [B, C] float32."""
+        return add_bias(einsum("bd,cd->bc", x, self.weight), self.bias).astype(jnp.float32)

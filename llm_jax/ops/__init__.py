@@ -1,0 +1,1 @@
+"""Operations on arrays: what a layer computes, with no parameters of its own."""

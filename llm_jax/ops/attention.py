@@ -1,0 +1,111 @@
+"""Attention, the protocol by which a model asks for it, and the context of training and encoders.
+
+Letters: B batch, T new tokens, S keys, N query heads, K key/value heads, H head dim.
+A model never knows where keys come from: it calls `context.attend(...)`. `FullContext` attends
+within the batch; the caches in llm_jax/cache keep keys between calls. Keys and values are
+heads-major [B, K, S, H], because each head's keys then lie together in memory, which the decode
+step reads once per token.
+"""
+
+import dataclasses
+from typing import Protocol, Self
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.sharding import shard
+
+MASKED = -1e30  # finite, so that a row with no key at all (padding) stays finite too
+
+
+class AttentionContext(Protocol):
+    """What carries keys and values through the layers; a pytree, returned changed."""
+
+    def attend(
+        self,
+        layer: jax.Array | int,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        *,
+        positions: jax.Array,
+        window: jax.Array | int,
+        causal: bool,
+        scale: float,
+        softcap: float | None,
+    ) -> tuple[jax.Array, Self]:
+        """q [B, T, N, H], k and v [B, T, K, H], positions [B, T] -> [B, T, N, H], context.
+
+        window: keys further back than window - 1 positions are hidden, 0 = none are.
+        """
+        ...
+
+    def dropout(self, x: jax.Array, rate: float, layer: jax.Array | int, site: int) -> jax.Array:
+        """x with dropout while training, else x; `site` tells apart the places in a layer."""
+        ...
+
+
+def attention_mask(
+    positions: jax.Array, key_positions: jax.Array, *, window: jax.Array | int, causal: bool
+) -> jax.Array:
+    """positions [B, T], key_positions [B, S] (-1 = no key there) -> bool [B, T, S], True = visible."""
+    distance = positions[:, :, None] - key_positions[:, None, :]
+    visible = jnp.broadcast_to(key_positions[:, None, :] >= 0, distance.shape)
+    if causal:
+        visible &= distance >= 0
+    if isinstance(window, int) and window == 0:
+        return visible
+    return visible & ((jnp.abs(distance) < window) | (window == 0))
+
+
+def dot_product_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float,
+    softcap: float | None,
+) -> jax.Array:
+    """softmax(scale q k) v with grouped query heads, softmax in float32.
+
+    q [B, T, N, H], k and v [B, K, S, H], mask bool [B, T, S] -> [B, T, N, H] in the dtype of q.
+    Query head n reads key head n // (N / K). softcap c squashes scores to c tanh(s / c) (Gemma 2).
+    """
+    b, t, n, h = q.shape
+    kv = k.shape[1]
+    grouped = (q * scale).reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(b, kv, n // kv * t, h)  # one product per key head
+    scores = jnp.einsum("bkth,bksh->bkts", grouped, k, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = scores.reshape(b, kv, n // kv, t, -1)
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, kv, n // kv * t, -1)
+    out = jnp.einsum("bkts,bksh->bkth", probs, v)
+    return out.reshape(b, kv, n // kv, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FullContext:
+    """Training and encoders: every key is in the batch and nothing is kept.
+
+    Tokens see each other when their segment ids are equal; 0 marks padding.
+    """
+
+    segment_ids: jax.Array  # [B, T] int32
+    dropout_key: jax.Array | None = None  # None = no dropout (evaluation)
+
+    def attend(self, layer, q, k, v, *, positions, window, causal, scale, softcap):
+        mask = attention_mask(positions, positions, window=window, causal=causal)
+        mask &= self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
+        k, v = (shard(x.transpose(0, 2, 1, 3), "batch", "kv_heads", "seq", None) for x in (k, v))
+        return dot_product_attention(q, k, v, mask, scale=scale, softcap=softcap), self
+
+    def dropout(self, x, rate, layer, site):
+        if self.dropout_key is None or rate == 0.0:
+            return x
+        key = jax.random.fold_in(jax.random.fold_in(self.dropout_key, site), layer)
+        keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+        return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
