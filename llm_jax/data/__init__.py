@@ -1,0 +1,1 @@
+"""Text in, batches out: tokenizers, chat templates, data sources, packing and loading."""

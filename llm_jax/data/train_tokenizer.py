@@ -1,0 +1,121 @@
+"""Training a sentencepiece tokenizer from raw text.
+
+Unigram language model: Kudo, 2018. Byte-pair encoding: Sennrich et al., 2016.
+"""
+
+import io
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from llm_jax.data.sentencepiece_model import round_scores
+from llm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from llm_jax.data.tokenizer_config import TokenizerConfig
+
+_LOG = logging.getLogger(__name__)
+
+MODEL_TYPES = ("unigram", "bpe")
+NORMALIZATIONS = ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
+PAD_ID, UNK_ID, BOS_ID, EOS_ID = range(4)
+# A constant, and not the number of cores: the sums of unigram training are split over the threads,
+# so their number takes part in the rounding and with it in the result.
+_THREADS = 4
+_SCORE_STEP = 2.0**-7  # of a log probability; sums stay exact to -131072, some 16000 pieces
+_SAMPLE = 2000  # lines on which tokenizer.json must agree with the model
+
+
+def train_sentencepiece(
+    texts: Iterable[str],
+    output_dir: str | Path,
+    *,
+    vocab_size: int,
+    model_type: str = "unigram",
+    character_coverage: float = 0.9995,
+    byte_fallback: bool = True,
+    normalization: str = "identity",
+    user_defined_symbols: Sequence[str] = (),
+    control_symbols: Sequence[str] = (),
+) -> SentencePieceTokenizer:
+    """Train on `texts` and write tokenizer.model, tokenizer.json and tokenizer_config.json.
+
+    Ids: <pad> 0, <unk> 1, <s> 2, </s> 3, control symbols, user-defined symbols, with byte fallback
+    256 bytes, then what was learnt. With the defaults decoding gives back every text unchanged, as
+    no space is dropped and characters that were not learnt become bytes. The same texts and release
+    of sentencepiece give the same tokenizer.
+
+    texts: cut at line ends; empty lines are left out.
+    vocab_size: wanted; a text too small for it gives fewer (logged), never more.
+    model_type: "unigram", which `encode_sampled` suits best, or "bpe".
+    character_coverage: share of all characters in the text that become pieces; 1.0 keeps all.
+    normalization: Unicode normalisation by sentencepiece's rule of that name. With anything but
+        "identity" spaces are cleaned too, and tokenizer.json is written only if it is exact.
+    user_defined_symbols: texts that are always one token.
+    control_symbols: special tokens beyond the four, such as <|im_start|>.
+
+    ValueError when there is no text, or the vocabulary cannot even hold its characters.
+    """
+    _check(vocab_size, model_type, normalization, character_coverage)
+    lines = _lines(texts)
+    sample = list(itertools.islice(lines, _SAMPLE))
+    if not sample:
+        raise ValueError("there is no text to train the tokenizer on: every text is empty")
+    identity = normalization == "identity"
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=itertools.chain(sample, lines),
+            model_writer=model,
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            model_type=model_type,
+            character_coverage=character_coverage,
+            byte_fallback=byte_fallback,
+            normalization_rule_name=normalization,
+            remove_extra_whitespaces=not identity,
+            allow_whitespace_only_pieces=identity,
+            split_digits=True,
+            max_sentence_length=1 << 24,  # bytes; longer lines would be left out silently
+            user_defined_symbols=list(user_defined_symbols),
+            control_symbols=list(control_symbols),
+            pad_id=PAD_ID,
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            num_threads=_THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"sentencepiece cannot train {vocab_size} pieces on this text: "
+            f"{str(error).rstrip('. ')}. Enlarge vocab_size or lower character_coverage, so that "
+            "all characters (and 256 bytes) fit"
+        ) from error
+    config = TokenizerConfig({"add_bos_token": True, "add_eos_token": False})
+    tokenizer = SentencePieceTokenizer(round_scores(model.getvalue(), _SCORE_STEP), config)
+    if tokenizer.vocab_size < vocab_size:
+        _LOG.warning(
+            "the text yields %d pieces, not the %d asked for", tokenizer.vocab_size, vocab_size
+        )
+    tokenizer.save(output_dir, texts=sample)
+    return tokenizer
+
+
+def _check(vocab_size: int, model_type: str, normalization: str, coverage: float) -> None:
+    if vocab_size < 5:
+        raise ValueError(f"vocab_size must exceed the 4 special tokens, got {vocab_size}")
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}")
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(
+            f"normalization must be one of {', '.join(NORMALIZATIONS)}, got {normalization!r}"
+        )
+    if not 0 < coverage <= 1:
+        raise ValueError(f"character_coverage must be in (0, 1], got {coverage}")
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        yield from filter(str.strip, text.split("\n"))

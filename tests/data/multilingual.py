@@ -1,0 +1,38 @@
+"""Texts on which tokenizers tend to disagree, for every test of encoding and decoding."""
+
+FAMILY = "👨‍👩‍👧‍👦"  # four people joined by zero-width joiners: 25 bytes, one visible sign
+
+TEXTS = [
+    "",
+    " ",
+    "   \t  ",
+    "\n\n\n",
+    "Hello, world!",
+    "  two leading, three inner   and trailing  ",
+    "I'm sure they'll say it's what we've wanted; don't you? He'd do so.",
+    "Numbers 0 12 345 6789 3.14159 1,000,000 2024-05-06 ½ ² Ⅳ",
+    "我喜欢编程。",
+    "我是一个热爱编程的程序员。今天天气真好，我们去公园玩吧！",
+    "“引号”《书名》……——、；：？！",
+    "繁體中文與English混合，１２３ＡＢＣ全角。",
+    "生僻字：𠮷𡃁㐂龘鱻",
+    "日本語のテキスト、カタカナとひらがな。ｶﾀｶﾅ",
+    "한국어 텍스트입니다. 각",
+    "Привет, мир! Ёлка и йод.",
+    "مرحبا بالعالم، كيف الحال؟ ١٢٣",
+    "שלום עולם",
+    "नमस्ते दुनिया, क्षत्रिय।",
+    "สวัสดีชาวโลก ภาษาไทย",
+    "မြန်မာ ქართული ἀρχή Tiếng Việt",
+    "e\u0301cole école cafe\u0301 na\u0308ive A\u030a\u0327",
+    "😀😃 👍🏽 🇨🇳🇫🇷 ☕️ 🏳️‍🌈",
+    f"family {FAMILY}, again{FAMILY}{FAMILY}",
+    "def f(x: int) -> str:\n\treturn f'{x!r}'  # comment\n\n\nif f(1) == \"1\":\n    f(2)\n",
+    "https://example.org/a?b=c&d=%E4%BD%A0#e <tag attr='v'/> $x^2_i$ \\frac{a}{b}",
+    "\x01\x02\x1b[0m\x7f\x85\u200b\ufeff\u2028\u00a0\u3000end",
+    "nul\x00inside",
+    "\ufffd replacement \ufffe",
+    "a" * 200 + " " * 50 + "!" * 50 + "哈" * 60,
+    "UPPER lower MiXeD ẞß İi ﬁ ﬂ Å",
+    "▁ the sentencepiece mark ▁▁ and ##wordpiece Ġ Ċ <0x41>",
+]
