@@ -1,0 +1,339 @@
+"""Text in, text out: a loaded model with its tokenizer, in five lines.
+
+from llm_jax import LLM, SamplingParams
+
+llm = LLM("path/to/model")  # a Hugging Face directory, a hub id, or nothing for the demo model
+for output in llm.generate(["我喜欢编程。"], SamplingParams(max_new_tokens=32, temperature=0)):
+    print(output.text, output.token_ids, output.logprobs)
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from llm_jax.checkpoint.hf import load_config, load_generation_config, load_hf, resolve
+from llm_jax.data.chat import encode_chat
+from llm_jax.data.detokenize import StreamingDecoder
+from llm_jax.data.tokenizer import load_tokenizer
+from llm_jax.data.tokenizer_base import Tokenizer
+from llm_jax.infer.generate import Chunk, Compiled, Timing, generate
+from llm_jax.infer.timeline import Timeline
+from llm_jax.models import Model, Params, describe
+from llm_jax.ops.sampling import SamplingParams
+from llm_jax.sharding import make_mesh
+from llm_jax.tree import unstack
+
+DEMO_MODEL = Path(__file__).resolve().parent.parent / "assets" / "demo_lm"
+
+
+@dataclasses.dataclass
+class Output:
+    """One generated continuation.
+
+    token_ids include the id that ended it; text does not. logprobs are of the model's own distribution
+    (natural log), one per token; top_logprobs holds {id: logprob} per token when asked for.
+    """
+
+    prompt: str | None
+    prompt_ids: list[int]
+    sample: int
+    text: str = ""
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] | None = None
+    top_logprobs: list[dict[int, float]] | None = None
+    finish_reason: str | None = None  # "stop" (an end or stop id, a stop string) | "length"
+
+
+@dataclasses.dataclass
+class Stats:
+    """Speed of one `generate` call; compile time is not in the rates."""
+
+    ttft_s: float = 0.0  # call to first token, without compilation
+    prefill_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+    compile_s: float = 0.0
+
+
+class LLM:
+    """A causal language model ready to generate, on a mesh.
+
+    Args:
+        model: Hugging Face directory or hub id; None takes the bundled demo model.
+        mesh: a Mesh or a text like "data:1,tensor:8".
+        dtype: of parameters and computation; "" = float32 on CPU, bfloat16 elsewhere.
+        cache_dtype: of keys and values; "" = as dtype.
+        max_batch: rows generated at once; longer lists of prompts run in turns.
+        steps_per_dispatch: tokens made on the device for one round trip to the host.
+        seed: for requests that name none.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | None = None,
+        *,
+        mesh: Mesh | str = "",
+        dtype: str = "",
+        cache_dtype: str = "",
+        max_batch: int = 32,
+        steps_per_dispatch: int = 8,
+        seed: int = 0,
+    ):
+        directory = resolve(str(model)) if model is not None else demo_model()
+        config = load_config(directory)
+        if config.head != "lm" or not config.causal:
+            raise ValueError(
+                f"{directory}: head={config.head!r} of family {config.family!r} cannot generate; "
+                "expected a causal language model"
+            )
+        config = dataclasses.replace(
+            config, param_dtype=dtype, compute_dtype=dtype, cache_dtype=cache_dtype or dtype
+        )
+        mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
+        described = describe(config)
+        params = load_hf(directory, described, mesh)
+        self._setup(
+            described, params, mesh, load_tokenizer(directory), max_batch, steps_per_dispatch, seed
+        )
+        self.generation_config = load_generation_config(directory)
+
+    @classmethod
+    def from_params(
+        cls,
+        model: Model,
+        params: Params,
+        tokenizer: Tokenizer | None,
+        *,
+        mesh: Mesh | str = "",
+        max_batch: int = 32,
+        steps_per_dispatch: int = 8,
+        seed: int = 0,
+    ) -> "LLM":
+        """From parameters at hand, e.g. those being trained; without a tokenizer, prompts are ids."""
+        self = cls.__new__(cls)
+        mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
+        self._setup(model, params, mesh, tokenizer, max_batch, steps_per_dispatch, seed)
+        self.generation_config = {}
+        return self
+
+    def _setup(self, model, params, mesh, tokenizer, max_batch, steps_per_dispatch, seed):
+        for name, value in (("max_batch", max_batch), ("steps_per_dispatch", steps_per_dispatch)):
+            if value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1")
+        self.model, self.mesh, self.tokenizer = model, mesh, tokenizer
+        self.max_batch, self.steps_per_dispatch, self.seed = max_batch, steps_per_dispatch, seed
+        self.compiled, self.stats, self._runs = Compiled(), Stats(), 0
+        if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu":
+            params = dict(params, layers=unstack(params["layers"]))  # views; see tree.PerLayer
+        self.params = params
+
+    def default_sampling(self, **changes: Any) -> SamplingParams:
+        """What the model's generation_config.json asks for, with changes; greedy if it says nothing."""
+        wanted = self.generation_config
+        names = ("top_k", "top_p", "min_p") if wanted.get("do_sample") else ()
+        values = {n: wanted[n] for n in (*names, "repetition_penalty") if wanted.get(n) is not None}
+        values["temperature"] = wanted.get("temperature") or 1.0 if wanted.get("do_sample") else 0.0
+        for ours, theirs in (("max_new_tokens",) * 2, ("min_new_tokens",) * 2):
+            if wanted.get(theirs) is not None:
+                values[ours] = wanted[theirs]
+        return SamplingParams(**(values | {k: v for k, v in changes.items() if v is not None}))
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end a text: of generation_config.json, else of the tokenizer."""
+        ends = self.generation_config.get("eos_token_id")
+        if ends is None and self.tokenizer is not None:
+            ends = self.tokenizer.eos_id
+        return () if ends is None else tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
+
+    def encode(self, prompt: str | Sequence[int] | Sequence[dict]) -> list[int]:
+        """Ids of a prompt: a text, a chat (list of {"role", "content"}), or ids as they are."""
+        if not isinstance(prompt, str) and all(not isinstance(p, dict) for p in prompt):
+            return [int(i) for i in prompt]
+        if self.tokenizer is None:
+            raise ValueError("this LLM has no tokenizer; give prompts as lists of token ids")
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = encode_chat(self.tokenizer, prompt, add_generation_prompt=True)
+        if not ids and self.tokenizer.bos_id is not None:
+            ids = [self.tokenizer.bos_id]  # an empty prompt starts from nothing
+        return ids
+
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_text: Callable[[int, str], None] | None = None,
+        timeline: Timeline | None = None,
+    ) -> list[Output]:
+        """Continuations of texts, chats or id lists, in order; n for each prompt.
+
+        on_text(output index, text) is called with every new piece of text as it streams.
+        Raises ValueError for prompts that cannot fit the model, naming the prompt.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("prompts is a single string: expected a list of prompts")
+        outputs: list[Output] = []
+        for first, output, text in self._stream(prompts, sampling, timeline):
+            if output is None:
+                outputs.extend(first)
+            elif on_text is not None and text:
+                on_text(next(i for i, o in enumerate(outputs) if o is output), text)
+        return outputs
+
+    def stream(self, prompt: Any, sampling: SamplingParams | None = None) -> Iterator[str]:
+        """Pieces of text of one continuation as they are made; never half a character."""
+        for _, output, text in self._stream([prompt], sampling, None):
+            if output is not None and output.sample == 0 and text:
+                yield text
+
+    def _stream(self, prompts, sampling, timeline):
+        """Yields (new outputs, None, "") at the start of a batch, then (None, output, text)."""
+        began, timing = time.perf_counter(), Timing()
+        self.stats = Stats()
+        timeline = timeline or Timeline(enabled=False)
+        with timeline.phase("tokenize"):
+            ids = [self.encode(p) for p in prompts]
+        requests = self._requests(sampling, len(ids))
+        for batch in self._batches(requests):
+            outputs = [
+                Output(prompts[i] if isinstance(prompts[i], str) else None, ids[i], sample)
+                for i in batch
+                for sample in range(requests[i].n)
+            ]
+            yield outputs, None, ""
+            rows = [
+                _Row(output, requests[i], self._stops(requests[i]), self._decoder())
+                for i, output in zip(
+                    [i for i in batch for _ in range(requests[i].n)], outputs, strict=True
+                )
+            ]
+            chunks = generate(
+                self.model,
+                self.params,
+                self.mesh,
+                [ids[i] for i in batch],
+                [requests[i] for i in batch],
+                stop_ids=[self._stops(requests[i]) for i in batch],
+                compiled=self.compiled,
+                timing=timing,
+                default_seed=self.seed + self._runs,  # another batch, other noise
+                steps_per_dispatch=self.steps_per_dispatch,
+                timeline=timeline,
+            )
+            self._runs += 1
+            for tick, chunk in enumerate(chunks):
+                if not self.stats.ttft_s:
+                    self.stats.ttft_s = time.perf_counter() - began - timing.compile_s
+                with timeline.phase("detokenize", tick):
+                    texts = [row.take(chunk, r) for r, row in enumerate(rows)]
+                timeline.label(tick, "|".join(texts))
+                for row, text in zip(rows, texts, strict=True):
+                    yield None, row.output, text
+        self.stats.compile_s = timing.compile_s
+        self.stats.prefill_tokens_per_s = timing.prefill_tokens / max(timing.prefill_s, 1e-9)
+        self.stats.decode_tokens_per_s = timing.decode_tokens / max(timing.decode_s, 1e-9)
+
+    def _requests(self, sampling, count: int) -> list[SamplingParams]:
+        if sampling is None:
+            sampling = self.default_sampling()
+        if isinstance(sampling, SamplingParams):
+            return [sampling] * count
+        if len(sampling) != count:
+            raise ValueError(f"sampling has {len(sampling)} entries for {count} prompts")
+        return list(sampling)
+
+    def _batches(self, requests: list[SamplingParams]) -> Iterator[list[int]]:
+        """Indices of prompts run together: in order, of one n, at most max_batch rows."""
+        batch: list[int] = []
+        for i, request in enumerate(requests):
+            if batch and (
+                request.n != requests[batch[0]].n or (len(batch) + 1) * request.n > self.max_batch
+            ):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _stops(self, request: SamplingParams) -> tuple[int, ...]:
+        return (*request.stop_ids, *(() if request.ignore_eos else self.end_ids))
+
+    def _decoder(self) -> StreamingDecoder | None:
+        return None if self.tokenizer is None else self.tokenizer.stream()
+
+
+class _Row:
+    """Turns the tokens of one row into its output: text, stop strings, log probabilities."""
+
+    def __init__(self, output, request, stop_ids, decoder):
+        self.output, self.request, self.decoder = output, request, decoder
+        self.stop_ids, self.held, self.done = frozenset(stop_ids), "", False
+        if request.stop and decoder is None:
+            raise ValueError(f"stop={request.stop}: stop strings need a tokenizer; use stop_ids")
+        if request.logprobs is not None:
+            output.logprobs = []
+            output.top_logprobs = [] if request.logprobs else None
+
+    def take(self, chunk: Chunk, r: int) -> str:
+        """Add this row's tokens of a chunk; returns the text that may be shown now."""
+        shown = ""
+        for m, token in enumerate(chunk.tokens[:, r].tolist()):
+            if self.done or token < 0:
+                break
+            self._record(chunk, m, r, token)
+            ended = token in self.stop_ids
+            full = len(self.output.token_ids) >= self.request.max_new_tokens
+            if not ended and self.decoder is not None:
+                self.held += self.decoder.push(token)
+            if (ended or full) and self.decoder is not None:
+                self.held += self.decoder.flush()
+            shown += self._release(chunk, r, last=ended or full)
+            if (ended or full) and not self.done:
+                self.done, self.output.finish_reason = True, "stop" if ended else "length"
+        return shown
+
+    def _record(self, chunk, m, r, token):
+        self.output.token_ids.append(token)
+        if self.output.logprobs is not None:
+            self.output.logprobs.append(float(chunk.logprobs[m, r]))
+        if self.output.top_logprobs is not None:
+            k = self.request.logprobs
+            pairs = zip(
+                chunk.top_ids[m, r, :k].tolist(), chunk.top_logprobs[m, r, :k].tolist(), strict=True
+            )
+            self.output.top_logprobs.append(dict(pairs))
+
+    def _release(self, chunk, r, last: bool) -> str:
+        """Text that can no longer become part of a stop string."""
+        hits = [self.held.find(s) for s in self.request.stop if s in self.held]
+        if hits:
+            text, self.held, self.done = self.held[: min(hits)], "", True
+            self.output.finish_reason = "stop"
+            chunk.finish(r)
+        else:
+            keep = 0 if last else _overlap(self.held, self.request.stop)
+            text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        self.output.text += text
+        return text
+
+
+def _overlap(text: str, stops: tuple[str, ...]) -> int:
+    """Length of the longest end of `text` that begins a stop string."""
+    longest = max(map(len, stops), default=1) - 1
+    sizes = range(min(longest, len(text)), 0, -1)
+    return next((n for n in sizes if any(s.startswith(text[-n:]) for s in stops)), 0)
+
+
+def demo_model() -> Path:
+    """Directory of the bundled demo model."""
+    if not (DEMO_MODEL / "config.json").exists():
+        raise ValueError(
+            f"the demo model is missing from {DEMO_MODEL}; name a model, or reinstall llm_jax"
+        )
+    return DEMO_MODEL
