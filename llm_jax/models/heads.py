@@ -9,7 +9,7 @@ from flax import nnx
 
 from llm_jax.config import ModelConfig
 from llm_jax.models.layers import ACTIVATIONS, Norm, add_bias, vector, weight
-from llm_jax.ops.einsum import einsum
+from llm_jax.ops.linear import linear
 
 
 def pool(hidden: jax.Array, mask: jax.Array, kind: str) -> jax.Array:
@@ -49,10 +49,10 @@ class LMHead(nnx.Module):
     def __call__(self, hidden: jax.Array, embedding: nnx.Param) -> jax.Array:
         """hidden [..., D], embedding [V, D] (used when tied) -> logits [..., V] float32."""
         if self.transform is not None and self.transform_norm is not None:
-            hidden = add_bias(einsum("...d,ed->...e", hidden, self.transform), self.transform_bias)
+            hidden = add_bias(linear(hidden, self.transform), self.transform_bias)
             hidden = self.transform_norm(self.activation(hidden))
         table = embedding if self.weight is None else self.weight
-        logits = add_bias(einsum("...d,vd->...v", hidden, table), self.bias).astype(jnp.float32)
+        logits = add_bias(linear(hidden, table), self.bias).astype(jnp.float32)
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
 
@@ -66,7 +66,7 @@ class Pooler(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, D] -> [B, D]."""
-        return jnp.tanh(add_bias(einsum("bd,ed->be", x, self.weight), self.bias))
+        return jnp.tanh(add_bias(linear(x, self.weight), self.bias))
 
 
 class ClassifierHead(nnx.Module):
@@ -79,4 +79,4 @@ class ClassifierHead(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, D] -> logits [B, C] float32."""
-        return add_bias(einsum("bd,cd->bc", x, self.weight), self.bias).astype(jnp.float32)
+        return add_bias(linear(x, self.weight), self.bias).astype(jnp.float32)

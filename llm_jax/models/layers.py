@@ -13,7 +13,7 @@ from flax import nnx
 
 from llm_jax.config import ModelConfig
 from llm_jax.ops.attention import AttentionContext
-from llm_jax.ops.einsum import einsum
+from llm_jax.ops.linear import linear
 from llm_jax.ops.norms import layer_norm, rms_norm
 from llm_jax.ops.rope import apply_rope
 from llm_jax.sharding import shard
@@ -91,9 +91,9 @@ class Attention(nnx.Module):
         window: jax.Array | int,
     ) -> tuple[jax.Array, AttentionContext]:
         """x [B, T, D], positions [B, T] -> [B, T, D], context."""
-        q = add_bias(einsum("btd,nhd->btnh", x, self.wq), self.bq)
-        k = add_bias(einsum("btd,khd->btkh", x, self.wk), self.bk)
-        v = add_bias(einsum("btd,khd->btkh", x, self.wv), self.bv)
+        q = add_bias(linear(x, self.wq), self.bq)
+        k = add_bias(linear(x, self.wk), self.bk)
+        v = add_bias(linear(x, self.wv), self.bv)
         q, k = (y if norm is None else norm(y) for y, norm in ((q, self.q_norm), (k, self.k_norm)))
         if rotary is not None:
             q, k = apply_rope(q, *rotary), apply_rope(k, *rotary)
@@ -109,7 +109,7 @@ class Attention(nnx.Module):
             softcap=self.softcap,
         )
         out = shard(out, "batch", "seq", "heads", None)
-        return add_bias(einsum("btnh,dnh->btd", out, self.wo), self.bo), context
+        return add_bias(linear(out, self.wo, contract=2), self.bo), context
 
 
 class MLP(nnx.Module):
@@ -128,14 +128,14 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
-        h = add_bias(einsum("btd,fd->btf", x, self.up), self.up_bias)
+        h = add_bias(linear(x, self.up), self.up_bias)
         if self.gate is None:
             h = self.activation(h)
         else:
-            gate = add_bias(einsum("btd,fd->btf", x, self.gate), self.gate_bias)
+            gate = add_bias(linear(x, self.gate), self.gate_bias)
             h = self.activation(gate) * h
         h = shard(h, "batch", "seq", "mlp")
-        return add_bias(einsum("btf,df->btd", h, self.down), self.down_bias)
+        return add_bias(linear(h, self.down), self.down_bias)
 
 
 class Embed(nnx.Module):
