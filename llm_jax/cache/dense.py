@@ -263,6 +263,8 @@ def _layer(pool: jax.Array, slot: jax.Array, stacked: bool) -> jax.Array:
 
 def _write(pool, slot, new, index, stacked):
     """Store new [B, T, K, H] at slots index [B, T] of each row; indices past the end are dropped."""
+    if new.shape[:2] == (1, 1):  # written twice: XLA:CPU copies the pool for a scatter of one index
+        new, index = jnp.repeat(new, 2, axis=1), jnp.repeat(index, 2, axis=1)
     rows = jnp.arange(new.shape[0])[:, None]
     where = (slot, rows, slice(None), index) if stacked else (rows, slice(None), index)
     return pool.at[where].set(new.astype(pool.dtype), mode="drop")
@@ -270,11 +272,10 @@ def _write(pool, slot, new, index, stacked):
 
 def _store(pool, slot, new, stacked):
     """Store new [B, K, T, H] in the first T slots of every row."""
-    new = new.astype(pool.dtype)
-    zeros = (0,) * new.ndim
+    new, where = new.astype(pool.dtype), (0, 0, 0, 0)
     if stacked:
-        return jax.lax.dynamic_update_slice(pool, new[None], (slot, *zeros))
-    return jax.lax.dynamic_update_slice(pool, new, zeros)
+        return jax.lax.dynamic_update_slice(pool, new[None], (slot, *where))
+    return jax.lax.dynamic_update_slice(pool, new, where)
 
 
 def _repeat_heads(x: jax.Array, heads: int) -> jax.Array:

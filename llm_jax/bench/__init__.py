@@ -1,0 +1,1 @@
+"""Measuring: honest timing, and what a step must cost at least."""

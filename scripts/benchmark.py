@@ -1,0 +1,128 @@
+"""Speed against a peer on the same weights, interleaved in one process: medians and their ratio.
+
+    python scripts/benchmark.py --case=decode --peer=transformers --shape=gpt2 --batch=1,8,32
+    python scripts/benchmark.py --case=prefill --peer=transformers --shape=llama160m --prompt_tokens=512
+    python scripts/benchmark.py --case=bandwidth
+
+Greedy, random weights in float32. decode: tokens per second of all rows, prefill left out. prefill:
+prompt tokens per second to the first token. bandwidth: what part of the machine's memory bandwidth a
+decode step of one row reaches. --json prints {case, ours, peer, ratio, unit} a line.
+"""
+
+import dataclasses
+import json
+import tempfile
+import time
+
+import numpy as np
+from absl import app, flags
+
+from llm_jax import SamplingParams
+from llm_jax.bench.cost import decode_bytes, read_bandwidth
+from llm_jax.bench.timing import interleaved
+from llm_jax.checkpoint.hf import load_config, load_hf
+from llm_jax.infer.llm import LLM
+from llm_jax.models import describe
+from llm_jax.sharding import make_mesh
+
+CASE = flags.DEFINE_enum("case", "decode", ["decode", "prefill", "bandwidth"], "What to measure.")
+PEER = flags.DEFINE_enum("peer", "transformers", ["transformers"], "Whom to compare with.")
+SHAPE = flags.DEFINE_enum("shape", "gpt2", ["gpt2", "llama160m"], "124M GPT-2 or 160M Llama.")
+BATCH = flags.DEFINE_list("batch", ["1"], "Rows; several may be given.")
+PROMPT = flags.DEFINE_integer("prompt_tokens", None, "Prompt length; default 32, prefill 512.")
+NEW = flags.DEFINE_integer("new_tokens", 64, "Tokens to decode.", lower_bound=2)
+REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds; the medians are reported.", lower_bound=1)
+JSON = flags.DEFINE_bool("json", False, "One JSON object a line on stdout, nothing else.")
+
+
+def peer_model(shape):
+    """A transformers model with random weights."""
+    import transformers  # here only: the peer is a test dependency
+
+    if shape == "gpt2":
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
+    width = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+    config = transformers.LlamaConfig(vocab_size=32000, num_hidden_layers=12, **width)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def our_model(peer) -> LLM:
+    """The same weights in ours, by way of a directory."""
+    with tempfile.TemporaryDirectory() as directory:
+        peer.save_pretrained(directory)
+        config = dataclasses.replace(load_config(directory), param_dtype="float32")
+        model, mesh = describe(dataclasses.replace(config, compute_dtype="float32")), make_mesh("")
+        return LLM.from_params(model, load_hf(directory, model, mesh), None, mesh=mesh)
+
+
+def peer_seconds(peer, ids, new_tokens) -> float:
+    """Seconds of one greedy `generate` call."""
+    import torch
+
+    with torch.no_grad():
+        start = time.perf_counter()
+        peer.generate(
+            torch.tensor(ids),
+            attention_mask=torch.ones(ids.shape, dtype=torch.long),
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return time.perf_counter() - start
+
+
+def measure(case, llm, peer, batch, prompt_tokens, new_tokens):
+    """Medians of both, in tokens per second."""
+    ids = np.random.default_rng(0).integers(5, 30000, (batch, prompt_tokens))
+    new = 1 if case == "prefill" else new_tokens
+    request = SamplingParams(max_new_tokens=new, temperature=0, ignore_eos=True)
+
+    def ours():
+        llm.generate(ids.tolist(), request)
+        return (
+            batch * prompt_tokens / llm.stats.ttft_s
+            if case == "prefill"
+            else llm.stats.decode_tokens_per_s
+        )
+
+    def theirs():
+        first = peer_seconds(peer, ids, 1)
+        if case == "prefill":
+            return batch * prompt_tokens / first
+        return batch * (new - 1) / (peer_seconds(peer, ids, new) - first)
+
+    return interleaved({"ours": ours, "peer": theirs}, REPEATS.value)
+
+
+def report(case, ours, peer, unit):
+    """One line of result."""
+    record = {"case": case, "ours": round(ours, 2), "peer": round(peer, 2)}
+    record |= {"ratio": round(ours / peer, 3), "unit": unit}
+    print(
+        json.dumps(record)
+        if JSON.value
+        else f"{case:44} ours {ours:9.1f}  peer {peer:9.1f}  {unit}  ratio {ours / peer:.2f}",
+        flush=True,
+    )
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    peer = peer_model(SHAPE.value)
+    llm = our_model(peer)
+    prompt_tokens = PROMPT.value or (512 if CASE.value == "prefill" else 32)
+    if CASE.value == "bandwidth":
+        speeds = measure("decode", llm, peer, 1, prompt_tokens, NEW.value)
+        needed = decode_bytes(llm.model, 1, prompt_tokens + NEW.value // 2)
+        machine = read_bandwidth() / 1e9
+        report(f"bandwidth/{SHAPE.value}/batch1", needed * speeds["ours"] / 1e9, machine, "GB/s")
+        return
+    for batch in map(int, BATCH.value):
+        speeds = measure(CASE.value, llm, peer, batch, prompt_tokens, NEW.value)
+        report(f"{CASE.value}/{SHAPE.value}/batch{batch}", speeds["ours"], speeds["peer"], "tokens/s")
+
+
+if __name__ == "__main__":
+    app.run(main)
