@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llm_jax.config import ModelConfig
-from llm_jax.ops.attention import attention_mask, dot_product_attention
+from llm_jax.ops.attention import attention_mask, causal_attention, dot_product_attention
 from llm_jax.sharding import COMPUTE, on_shards, shard, shardings
 from llm_jax.tree import PerLayer
 
@@ -240,7 +240,7 @@ def _attend_prompt(
     key_positions = jnp.where(positions < lengths[:, None], positions, -1)
     mask = attention_mask(positions, key_positions, window=window, causal=True)
     keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))
-    out = dot_product_attention(q, keys, values, mask, scale=scale, softcap=softcap)
+    out = causal_attention(q, keys, values, mask, scale=scale, softcap=softcap)
     if ring:
         held = jnp.maximum(_ring_positions(lengths[:, None] - 1, k_pool.shape[-2]), 0)
         keys, values = (
