@@ -1,0 +1,1 @@
+"""Evaluation: predictions to numbers, numbers to pictures."""

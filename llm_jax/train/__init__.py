@@ -1,0 +1,1 @@
+"""Training: state, optimizer, objectives, the jitted step, the loop around it, the documents' study."""
