@@ -66,7 +66,7 @@ class Transformer(nnx.Module):
             lambda r: Block(cfg, rngs=r),
             transform_metadata={nnx.PARTITION_NAME: "layers", "axes": "layers"},
         )
-        self.layers = stack(rngs.fork(split=cfg.num_layers))  # every leaf [L, ...]
+        self.layers = stack(rngs.split(cfg.num_layers))  # every leaf [L, ...]
         self.norm = None if cfg.norm_position == "post" else Norm(cfg, cfg.embed_dim, "embed")
         self.lm_head = LMHead(cfg, rngs=rngs) if cfg.head in ("lm", "masked_lm") else None
         self.pooler = Pooler(cfg, rngs=rngs) if cfg.pooler else None
