@@ -330,6 +330,7 @@ class ClassificationConfig:
     label_smoothing: float = 0.0
     balance_classes: bool = False  # weigh each class by the inverse of its frequency
     subword_alpha: float = 0.0  # sampled segmentations while training (Kudo 2018); 0 = none
+    token_dropout: float = 0.0  # share of a text's tokens left out while training (Iyyer et al. 2015)
 
     def __post_init__(self):
         _choice("task", self.task, ("classification",))
@@ -337,6 +338,7 @@ class ClassificationConfig:
         _require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "in (0, 1)")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
         _require(self.subword_alpha >= 0, "subword_alpha", self.subword_alpha, "0 or more")
+        _require(0 <= self.token_dropout < 1, "token_dropout", self.token_dropout, "in [0, 1)")
         _require(
             0 < self.max_tokens <= self.model.max_positions,
             "max_tokens",
@@ -352,7 +354,9 @@ class LanguageModelConfig:
     `model.vocab_size` is the size of the tokenizer to train at most.
     """
 
-    data: tuple[Any, ...]  # (path, field, weight): a text file ("" as field), or a column of a table
+    # (path, field, weight) or (path, field, weight, join): a text file (field ""), or a column of a
+    # table; how often a text comes in one epoch; 1 to `join` related texts make one document.
+    data: tuple[Any, ...]
     model: ModelConfig
     optim: OptimConfig
     train: TrainConfig
@@ -379,10 +383,14 @@ class LanguageModelConfig:
         _require(len(self.data) > 0, "data", self.data, "one (path, field, weight) or more")
         for source in self.data:
             _require(
-                len(source) == 3 and isinstance(source[0], str) and source[2] > 0,
+                len(source) in (3, 4)
+                and isinstance(source[0], str)
+                and source[2] > 0
+                and (len(source) == 3 or source[3] >= 1),
                 "data",
                 source,
-                '(path, field, weight) with field "" for a text file and a positive weight',
+                '(path, field, weight) or (path, field, weight, join), with field "" for a text file, '
+                "a positive weight and join 1 or more",
             )
 
 

@@ -48,9 +48,7 @@ def read_texts(path: Path, field: str) -> Iterator[str]:
             raise ValueError(f"{path}: expected a .txt, .tsv, .csv or .jsonl file")
         for number, row in enumerate(rows, start=1):
             if not isinstance(row.get(field), str):
-                raise ValueError(
-                    f"{path}, row {number}: no text in {field!r}; it has {sorted(row)}"
-                )
+                raise ValueError(f"{path}, row {number}: no text in {field!r}; it has {sorted(row)}")
             yield row[field]
 
 

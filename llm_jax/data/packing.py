@@ -4,7 +4,7 @@ Letters: R rows, B batch, T tokens of a row. All arrays are int32. `segment_ids`
 count the documents of a row from 1; attention joins equal ids only. `positions` restart in each.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -74,6 +74,24 @@ def pad_batch(sequences: Sequence[Sequence[int]], length: int, pad_id: int = 0) 
         "segment_ids": filled.astype(np.int32),
         "positions": np.where(filled, columns, 0),
     }
+
+
+def batches_by_length(
+    sequences: Sequence[Sequence[int]], batch_size: int, buckets: Sequence[int]
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """(indices [b], batch [batch_size, T]) over all sequences once, shortest first.
+
+    T is the smallest of `buckets` that holds the batch. What the last batch lacks (b < batch_size) is
+    filled with rows of padding, so that only the buckets make different shapes.
+    """
+    lengths = np.array([len(sequence) for sequence in sequences], np.int64)
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        length = next(b for b in buckets if b >= lengths[indices[-1]])
+        batch = pad_batch([sequences[i] for i in indices], length)
+        empty = ((0, batch_size - len(indices)), (0, 0))
+        yield indices, {name: np.pad(values, empty) for name, values in batch.items()}
 
 
 def length_buckets(longest: int, shortest: int = 16) -> tuple[int, ...]:

@@ -40,6 +40,8 @@ _PLAIN_CLASSES = (
     "PreTrainedTokenizer",
     "TokenizersBackend",
 )
+# Older releases seed a thread's generator only when it is first used.
+_RESEEDS = tuple(int(part) for part in sentencepiece.__version__.split(".")[:3]) >= (0, 2, 3)
 _SAMPLING = threading.Lock()  # the library's random state belongs to the whole process
 
 
@@ -106,9 +108,11 @@ class SentencePieceTokenizer(Tokenizer):
         sampling = {"enable_sampling": True, "alpha": alpha, "nbest_size": -1}
         with _SAMPLING:
             sentencepiece.set_random_generator_seed(seed)
-            # Before release 0.2.3 a thread's generator is seeded only when it is first used.
-            with concurrent.futures.ThreadPoolExecutor(1) as fresh:
-                ids = fresh.submit(lambda: list(self._ids(text, sampling))).result()
+            if _RESEEDS:
+                ids = list(self._ids(text, sampling))
+            else:
+                with concurrent.futures.ThreadPoolExecutor(1) as fresh:
+                    ids = fresh.submit(lambda: list(self._ids(text, sampling))).result()
         return self._surround(ids, add_special_tokens)
 
     def id_to_piece(self, id_: int) -> str:

@@ -1,0 +1,67 @@
+"""A small Llama-type language model of Chinese and English, the one that is bundled with llm_jax.
+
+    python scripts/train.py --config=configs/demo_lm.py --workdir=runs/demo_lm
+    python scripts/convert.py --workdir=runs/demo_lm --output=demo_lm --dtype=bfloat16
+
+`data` is a mixture of (path, field, weight) or (path, field, weight, join): a text file with one text a
+line (field ""), or a column of a TSV, CSV or JSONL; the weight says how often a text comes in one epoch;
+1 to `join` texts make one document. Only the texts under configs/data are part of this repository: set
+LLM_JAX_SHARED to the folder that holds data/ with the other corpora, or name your own files with
+--config.data="(('mine.txt','',1.0),)".
+"""
+
+import os
+from pathlib import Path
+
+from llm_jax.config import (
+    LanguageModelConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    to_config_dict,
+)
+
+OWN = Path(__file__).resolve().parent / "data"
+SHARED = Path(os.environ.get("LLM_JAX_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
+TATOEBA = str(SHARED / "parallel_zh_en_tatoeba" / "train.tsv")
+
+
+def get_config():
+    """The settings; the true vocabulary size comes from the tokenizer."""
+    return to_config_dict(
+        LanguageModelConfig(
+            data=(
+                (str(OWN / "demo_lm" / "own_zh.txt"), "", 4.0),
+                (str(OWN / "demo_lm" / "own_en.txt"), "", 4.0),
+                (str(OWN / "sentiment_zh" / "train.tsv"), "text", 1.0, 2),
+                (TATOEBA, "zh", 1.0, 3),
+                (TATOEBA, "en", 1.0, 3),
+            ),
+            eval_fraction=0.02,
+            tokenizer_kind="unigram",
+            character_coverage=0.999,
+            row_tokens=128,
+            model=ModelConfig(
+                family="llama",
+                vocab_size=4800,
+                num_layers=4,
+                embed_dim=128,
+                num_heads=4,
+                num_kv_heads=4,
+                head_dim=32,
+                mlp_dim=384,
+                max_positions=512,
+                norm_eps=1e-5,
+                tie_embeddings=True,
+            ),
+            optim=OptimConfig(
+                learning_rate=3e-3,
+                warmup_fraction=0.03,
+                final_fraction=0.02,
+                b2=0.98,
+                weight_decay=0.1,
+                ema_decay=0.995,
+            ),
+            train=TrainConfig(batch_size=4, steps=2600, log_every=40, eval_every=650, save_every=325),
+        )
+    )

@@ -1,0 +1,127 @@
+"""One optimizer step and one evaluation step, jit-compiled over the mesh.
+
+    batch [B, ...] -> `accumulate` parts -> gradient of each part's loss sum, added up
+    -> / total count -> clip, AdamW -> new parameters (and their average)
+
+Parts add up to exactly the large batch because objectives return sums and counts.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from llm_jax.models import Model, Params
+from llm_jax.train.objectives import Batch, Objective
+from llm_jax.train.optim import Optimizer, update_average
+from llm_jax.train.state import TrainState, state_shardings
+
+TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_train_step(
+    model: Model, objective: Objective, optimizer: Optimizer, mesh: Mesh, *, accumulate: int = 1
+) -> TrainStep:
+    """f(state, batch, key) -> (state, metrics); the state is donated, its shardings are kept.
+
+    batch: leaves [B, ...], B a multiple of `accumulate`. key: one for the whole run; the step's own
+    randomness is fold_in(key, state.step), so a resumed run draws what the first would have drawn.
+    metrics: float32 scalars loss, grad_norm (before clipping), learning_rate, tokens and the
+    objective's own.
+    """
+
+    def step(state: TrainState, batch: Batch, key: jax.Array):
+        key = jax.random.fold_in(key, state.step)
+        grads, loss, metrics = _gradient(model, objective, state.params, batch, key, accumulate)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 counts with floats
+            updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
+            learning_rate = jnp.asarray(optimizer.schedule(state.step), jnp.float32)
+        params = optax.apply_updates(state.params, updates)
+        average = state.ema
+        if average is not None:
+            average = update_average(average, params, state.step, optimizer.ema_decay)
+        metrics |= {
+            "loss": loss,
+            "grad_norm": _norm(grads),
+            "learning_rate": learning_rate,
+            "tokens": jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32),
+        }
+        return TrainState(state.step + 1, params, opt_state, average), metrics
+
+    shardings = state_shardings(model, optimizer, mesh)
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return _on_mesh(compiled, mesh)
+
+
+def make_eval_step(model: Model, objective: Objective, mesh: Mesh) -> Callable:
+    """f(params, batch) -> {name: (sum, count)} with "loss" among the names; no dropout."""
+
+    @jax.jit
+    def step(params: Params, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
+        loss, count, metrics = objective(model.bind(params), batch, None)
+        return {"loss": (loss, count)} | metrics
+
+    return _on_mesh(step, mesh)
+
+
+def _gradient(
+    model: Model,
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+    accumulate: int,
+) -> tuple[Params, jax.Array, dict[str, jax.Array]]:
+    """(gradient of the mean loss, mean loss, mean metrics) of a batch computed in parts."""
+
+    def loss_sum(params, part, key):
+        loss, count, metrics = objective(model.bind(params), part, key)
+        return loss, (loss, count, metrics)
+
+    def part_sums(part, index):
+        grads, (loss, count, metrics) = jax.grad(loss_sum, has_aux=True)(
+            params, part, jax.random.fold_in(key, index)
+        )
+        return grads, loss, count, metrics
+
+    if accumulate == 1:
+        sums = part_sums(batch, 0)
+    else:
+        parts = jax.tree.map(lambda x: _split_rows(x, accumulate), batch)
+        first = jax.eval_shape(part_sums, jax.tree.map(lambda x: x[0], parts), 0)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
+
+        def add(sums, indexed):
+            return jax.tree.map(jnp.add, sums, part_sums(*indexed)), None
+
+        sums, _ = jax.lax.scan(add, zeros, (parts, jnp.arange(accumulate)))
+    grads, loss, count, metrics = sums
+    count = jnp.maximum(count, 1e-6)  # a batch without any target has the gradient 0
+    grads = jax.tree.map(lambda g: g / count, grads)
+    return grads, loss / count, {name: s / jnp.maximum(n, 1.0) for name, (s, n) in metrics.items()}
+
+
+def _norm(tree: Params) -> jax.Array:
+    """Euclidean norm of all leaves together."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))
+
+
+def _split_rows(x: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] -> [parts, B / parts, ...]; part i takes rows i, i + parts, ...
+
+    Interleaved, so that each device's rows stay on it when the batch is sharded in blocks.
+    """
+    return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _on_mesh(function: Callable, mesh: Mesh) -> Any:
+    """`function` called with `mesh` set, which is what activation constraints refer to."""
+
+    def call(*args):
+        with jax.set_mesh(mesh):
+            return function(*args)
+
+    return call
