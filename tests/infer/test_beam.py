@@ -1,0 +1,200 @@
+"""Beam search against transformers' own: the same token ids and scores, for every rule of the search."""
+
+import functools
+import tempfile
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from llm_jax import LLM, SamplingParams  # noqa: E402
+from llm_jax.checkpoint.hf import load_config, load_hf  # noqa: E402
+from llm_jax.infer.beam import _take_beams  # noqa: E402
+from llm_jax.models import describe  # noqa: E402
+from llm_jax.sharding import make_mesh  # noqa: E402
+from tests import tiny  # noqa: E402
+
+NEW = 12  # tokens
+PROMPTS = [[5, 60, 33, 7, 18], [41], [9, 9, 70, 3, 77, 12, 50, 21, 64]]
+END = (20, 31, 47, 66, 83)  # ids that these models choose now and then; see test_ends_are_met
+SCORE_TOLERANCE = 1e-4  # from the issue; measured differences are near 1e-6
+
+
+@functools.cache
+def models(name: str, mesh: str = "data:1"):
+    """The same weights as (an LLM without tokenizer, a transformers model)."""
+    with tempfile.TemporaryDirectory() as directory:
+        theirs = tiny.DECODERS[name].save(directory)
+        model, made = describe(load_config(directory)), make_mesh(mesh)
+        return LLM.from_params(model, load_hf(directory, model, made), None, mesh=made), theirs
+
+
+def reference(model, prompts, *, num_beams, num_return, stop_ids, **options):
+    """(ids, score) of each hypothesis from transformers: one batch, padded on the left."""
+    size = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (size - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (size - len(p)) + [1] * len(p) for p in prompts])
+    out = model.generate(
+        tokens,
+        attention_mask=mask,
+        do_sample=False,
+        num_beams=num_beams,
+        num_return_sequences=num_return,
+        eos_token_id=list(stop_ids) or None,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **{"max_new_tokens": NEW} | options,
+    )
+    sequences = out.sequences[:, size:].tolist()
+    return [until(ids, stop_ids) for ids in sequences], out.sequences_scores.tolist()
+
+
+def until(ids: list[int], stop_ids) -> list[int]:
+    """ids up to and including the first stop id."""
+    ends = [i + 1 for i, token in enumerate(ids) if token in stop_ids]
+    return ids[: min(ends, default=len(ids))]
+
+
+def check(outputs, expected) -> None:
+    ids, scores = expected
+    assert [o.token_ids for o in outputs] == ids
+    np.testing.assert_allclose([o.score for o in outputs], scores, rtol=0, atol=SCORE_TOLERANCE)
+
+
+def greedy(**options) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0, "max_new_tokens": NEW} | options)
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.5, -1.0])
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
+def test_same_as_transformers(length_penalty, early_stopping):
+    ours, theirs = models("llama")
+    options = {"length_penalty": length_penalty, "early_stopping": early_stopping, "num_beams": 3}
+    outputs = ours.beam_search(PROMPTS, greedy(stop_ids=END), num_return=3, **options)
+    check(outputs, reference(theirs, PROMPTS, num_return=3, stop_ids=END, **options))
+
+
+@pytest.mark.parametrize("num_beams, num_return, stop_ids", [(2, 1, ()), (4, 2, END[:1]), (6, 6, END)])
+def test_widths_and_ends(num_beams, num_return, stop_ids):
+    ours, theirs = models("gpt2")
+    options = {"num_beams": num_beams, "num_return": num_return}
+    outputs = ours.beam_search(PROMPTS, greedy(stop_ids=stop_ids), **options)
+    check(outputs, reference(theirs, PROMPTS, stop_ids=stop_ids, **options))
+
+
+def test_ends_are_met():
+    """The cases above would prove little if no hypothesis, or every one, ended before its budget."""
+    for name in ("llama", "gpt2"):
+        outputs = models(name)[0].beam_search(PROMPTS, greedy(stop_ids=END), num_beams=6, num_return=6)
+        reasons = [o.finish_reason for o in outputs]
+        lengths = {len(o.token_ids) for o in outputs}
+        assert reasons.count("stop") >= 4 and len(lengths) >= 3, (reasons, lengths)
+        stopped = [o.token_ids[-1] in END for o in outputs]
+        assert stopped == [r == "stop" for r in reasons]
+
+
+def test_window_layers():
+    """Layers that keep a ring of keys are reordered like the others."""
+    ours, theirs = models("gemma3")
+    options = {"num_beams": 3, "num_return": 2}
+    outputs = ours.beam_search(PROMPTS, greedy(stop_ids=END), **options)
+    check(outputs, reference(theirs, PROMPTS, stop_ids=END, **options))
+
+
+def test_penalty_and_minimum():
+    ours, theirs = models("llama")
+    options = {"min_new_tokens": 5, "repetition_penalty": 1.3}
+    outputs = ours.beam_search(PROMPTS, greedy(stop_ids=END, **options), num_beams=3)
+    check(outputs, reference(theirs, PROMPTS, num_beams=3, num_return=1, stop_ids=END, **options))
+
+
+def test_bias():
+    ours, theirs = models("llama")
+    bias = {11: 1.5, 60: -2.0}
+    outputs = ours.beam_search(PROMPTS, greedy(logit_bias=bias), num_beams=3)
+    bias = {(token,): value for token, value in bias.items()}
+    expected = reference(theirs, PROMPTS, num_beams=3, num_return=1, stop_ids=(), sequence_bias=bias)
+    check(outputs, expected)
+
+
+def test_a_prompt_does_not_feel_its_neighbours():
+    ours, _ = models("llama")
+    requests = [
+        greedy(max_new_tokens=4, stop_ids=END[:2]),
+        greedy(presence_penalty=0.5, frequency_penalty=0.2),
+        greedy(stop_ids=END, repetition_penalty=1.2),
+    ]
+    options = {"num_beams": 3, "num_return": 2}
+    together = ours.beam_search(PROMPTS, requests, **options)
+    alone = [ours.beam_search([p], [r], **options) for p, r in zip(PROMPTS, requests, strict=True)]
+    check(together, ([o.token_ids for a in alone for o in a], [o.score for a in alone for o in a]))
+
+
+@pytest.mark.parametrize("early_stopping", [False, "never"])
+def test_one_beam_is_greedy(early_stopping):
+    ours, _ = models("llama")
+    request = greedy(stop_ids=END, logprobs=0)
+    expected = ours.generate(PROMPTS, request)
+    outputs = ours.beam_search(PROMPTS, request, num_beams=1, early_stopping=early_stopping)
+    for ours_, greedy_ in zip(outputs, expected, strict=True):
+        assert ours_.token_ids == greedy_.token_ids
+        assert ours_.finish_reason == greedy_.finish_reason
+        np.testing.assert_allclose(ours_.logprobs, greedy_.logprobs, atol=1e-5)
+        np.testing.assert_allclose(ours_.score, np.mean(greedy_.logprobs), atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", ["data:2,tensor:4", "data:2,fsdp:4"])
+def test_sharded(mesh):
+    """More tensor shards than kv heads, and more data shards than prompts."""
+    options = {"num_beams": 3, "num_return": 3}
+    request = greedy(stop_ids=END, repetition_penalty=1.2)
+    expected = models("llama")[0].beam_search(PROMPTS, request, **options)
+    outputs = models("llama", mesh)[0].beam_search(PROMPTS, request, **options)
+    check(outputs, ([o.token_ids for o in expected], [o.score for o in expected]))
+
+
+def test_reordering_stays_on_its_shard():
+    ours, _ = models("llama", "data:2,fsdp:4")
+    from llm_jax.cache import init_dense
+
+    cache = init_dense(ours.model.config, 24, 64, ours.mesh)
+    with jax.set_mesh(ours.mesh):
+        program = jax.jit(_take_beams).lower(cache, np.zeros((8, 3), np.int32)).compile()
+    text = program.as_text()
+    assert not [op for op in ("all-gather", "all-reduce", "all-to-all") if f"{op}(" in text]
+
+
+def test_banned_tokens_leave_fewer_hypotheses():
+    """With a single token allowed there is one continuation, however wide the search."""
+    ours, _ = models("llama")
+    bias = {token: -np.inf for token in range(tiny.VOCAB) if token != 8}
+    outputs = ours.beam_search([[5]], greedy(logit_bias=bias), num_beams=3, num_return=3)
+    assert [o.token_ids for o in outputs] == [[8] * NEW]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_beams": 0}, "num_beams=0: expected at least 1"),
+        ({"num_return": 4}, "num_return=4: expected 1 to num_beams=3"),
+        ({"length_penalty": float("nan")}, "length_penalty=nan"),
+        ({"early_stopping": "always"}, "early_stopping='always': expected True, False or 'never'"),
+        ({"sampling": greedy(temperature=0.7)}, "temperature is 0.7: beam search does not sample"),
+        ({"sampling": greedy(top_k=5)}, "top_k is 5: beam search does not sample"),
+        ({"sampling": greedy(top_p=0.9)}, "top_p is 0.9: beam search does not sample"),
+        ({"sampling": greedy(min_p=0.1)}, "min_p is 0.1: beam search does not sample"),
+        ({"sampling": greedy(n=2)}, "n is 2: beam search does not sample; use num_return"),
+        ({"sampling": greedy(stop=("x",))}, "use stop_ids"),
+        ({"sampling": greedy(logprobs=2)}, "logprobs is 2"),
+        ({"prompts": "text"}, "expected a list of prompts"),
+        ({"prompts": [[5], []]}, "prompt 1 has no tokens"),
+    ],
+)
+def test_refusals(options, message):
+    arguments = {"prompts": PROMPTS, "sampling": greedy(), "num_beams": 3} | options
+    with pytest.raises(ValueError, match=message):
+        models("llama")[0].beam_search(**arguments)
