@@ -88,7 +88,9 @@ def make_start(features: SamplingFeatures, expand: bool) -> Callable:
     expand: rows of the prompt batch are repeated, row i of the result continues prompt rows[i].
     """
 
-    @functools.partial(jax.jit, donate_argnames=("cache", "state"))
+    donated = ("state",) if expand else ("cache", "state")  # repeated rows need another cache
+
+    @functools.partial(jax.jit, donate_argnames=donated)
     def start(logits, cache, rows, state):
         if expand:
             logits, cache = logits[rows], constrain(cache.take(rows))
