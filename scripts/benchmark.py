@@ -15,7 +15,7 @@ import tempfile
 import time
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from llm_jax import SamplingParams
 from llm_jax.bench.cost import decode_bytes, read_bandwidth
@@ -108,6 +108,7 @@ def report(case, ours, peer, unit):
 
 
 def main(argv):
+    logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     peer = peer_model(SHAPE.value)

@@ -11,7 +11,7 @@ generation_config.json says. --json prints one object per continuation and nothi
 import json
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from llm_jax import LLM, SamplingParams
 from llm_jax.infer.llm import Output
@@ -89,6 +89,7 @@ def report(llm: LLM, output: Output) -> dict:
 
 
 def main(argv: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; prompts are given as --prompt=TEXT")
     if _BEAMS.value > 1 and _TIMELINE.value:

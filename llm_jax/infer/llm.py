@@ -252,7 +252,7 @@ class LLM:
             output.logprobs = found.logprobs[row, output.sample, : len(output.token_ids)].tolist()
         ended = output.token_ids[-1] in self._stops(request)
         output.finish_reason = "stop" if ended else "length"
-        if (decoder := self._decoder()) is not None:
+        if (decoder := self._decoder(output.prompt_ids)) is not None:
             shown = output.token_ids[: len(output.token_ids) - ended]
             output.text = "".join(map(decoder.push, shown)) + decoder.flush()
         return output
@@ -273,7 +273,7 @@ class LLM:
             ]
             yield outputs, None, ""
             rows = [
-                _Row(output, requests[i], self._stops(requests[i]), self._decoder())
+                _Row(output, requests[i], self._stops(requests[i]), self._decoder(ids[i]))
                 for i, output in zip(
                     [i for i in batch for _ in range(requests[i].n)], outputs, strict=True
                 )
@@ -332,8 +332,13 @@ class LLM:
     def _stops(self, request: SamplingParams) -> tuple[int, ...]:
         return (*request.stop_ids, *(() if request.ignore_eos else self.end_ids))
 
-    def _decoder(self) -> StreamingDecoder | None:
-        return None if self.tokenizer is None else self.tokenizer.stream()
+    def _decoder(self, prompt: list[int]) -> StreamingDecoder | None:
+        """A decoder that has read the prompt, so that a word begun after it keeps its space."""
+        if self.tokenizer is None:
+            return None
+        decoder = self.tokenizer.stream()
+        decoder.push(prompt)
+        return decoder
 
 
 class _Row:

@@ -192,6 +192,13 @@ def test_the_published_story():
     assert output.text.endswith("I didn't know what to do.\"\nLily didn't want to help her mom, so she")
 
 
+def test_a_word_after_the_prompt_keeps_its_space():
+    llm = LLM(shared_path("weights/stories260K"))
+    request = SamplingParams(max_new_tokens=3, temperature=0)
+    assert llm.generate(["Once upon a"], request)[0].text.startswith(" time")
+    assert "".join(llm.stream("Once upon a", request)).startswith(" time")
+
+
 def test_the_sorter_sorts():
     """gpt_nano_sort: six digits in, the same six sorted out."""
     llm = load(shared_path("weights/gpt_nano_sort"))
