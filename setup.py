@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parent
 
 INSTALL_REQUIRES = [
     "absl-py>=2.1.0",
-    "flax>=0.12.0",
-    "grain>=0.2.12",
+    "flax>=0.12.6",
+    "grain>=0.2.15",
     "huggingface_hub>=1.3.0",
-    "jax>=0.8.0",
+    "jax>=0.8.1",
     "jinja2>=3.1.4",
     "matplotlib>=3.9.0",
     "ml_collections>=1.0.0",

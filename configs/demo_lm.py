@@ -5,9 +5,9 @@
 
 `data` is a mixture of (path, field, weight) or (path, field, weight, join): a text file with one text a
 line (field ""), or a column of a TSV, CSV or JSONL; the weight says how often a text comes in one epoch;
-1 to `join` texts make one document. Only the texts under configs/data are part of this repository: set
-LLM_JAX_SHARED to the folder that holds data/ with the other corpora, or name your own files with
---config.data="(('mine.txt','',1.0),)".
+2 to `join` related texts make one document, where without it each text is one. Only the texts under
+configs/data are part of this repository: set LLM_JAX_SHARED to the folder that holds data/ of the other
+corpora, or name your own files with --config.data="(('mine.txt','',1.0),)".
 """
 
 import os
@@ -31,8 +31,8 @@ def get_config():
     return to_config_dict(
         LanguageModelConfig(
             data=(
-                (str(OWN / "demo_lm" / "own_zh.txt"), "", 4.0),
-                (str(OWN / "demo_lm" / "own_en.txt"), "", 4.0),
+                (str(OWN / "demo_lm" / "own_zh.txt"), "", 8.0),
+                (str(OWN / "demo_lm" / "own_en.txt"), "", 8.0),
                 (str(OWN / "sentiment_zh" / "train.tsv"), "text", 1.0, 2),
                 (TATOEBA, "zh", 1.0, 3),
                 (TATOEBA, "en", 1.0, 3),
@@ -62,6 +62,6 @@ def get_config():
                 weight_decay=0.1,
                 ema_decay=0.995,
             ),
-            train=TrainConfig(batch_size=4, steps=2600, log_every=40, eval_every=650, save_every=325),
+            train=TrainConfig(batch_size=4, steps=2400, log_every=40, eval_every=800, save_every=200),
         )
     )

@@ -57,7 +57,7 @@ def get_config():
                 qkv_bias=True,
                 out_bias=True,
                 mlp_bias=True,
-                dropout=0.2,
+                dropout=0.3,
             ),
             optim=OptimConfig(
                 learning_rate=1e-3,
@@ -66,6 +66,6 @@ def get_config():
                 b2=0.98,
                 ema_decay=0.98,
             ),
-            train=TrainConfig(batch_size=32, epochs=12.0, log_every=20, eval_every=72),
+            train=TrainConfig(batch_size=32, epochs=8.0, log_every=20, eval_every=72),
         )
     )

@@ -21,13 +21,16 @@ def get_config():
     config = runpy.run_path(str(HERE / "sentiment.py"))["get_config"]()
     config.data = str(DATA / "train.tsv")
     config.eval_data = str(DATA / "dev.tsv")
-    config.token_dropout = 0.1
-    config.max_tokens = 192
-    config.model.max_positions = 192
+    config.token_dropout = 0.15
     config.model.vocab_size = 8000
+    config.model.num_layers = 1
+    config.model.embed_dim = 96
+    config.model.num_heads = config.model.num_kv_heads = 3
+    config.model.mlp_dim = 192
+    config.optim.learning_rate = 1.5e-3
     config.optim.ema_decay = 0.99
     config.train.batch_size = 64
-    config.train.epochs = 10.0
+    config.train.epochs = 8.0
     config.train.eval_every = 118  # an epoch
-    config.train.log_every = 20
+    config.train.log_every = 50
     return config

@@ -22,12 +22,16 @@ def get_config():
     config.data = str(DATA / "train.tsv")
     config.eval_data = str(DATA / "dev.tsv")
     config.balance_classes = True  # half of the training posts are negative; macro-F1 counts classes
-    config.token_dropout = 0.1
+    config.token_dropout = 0.15
     config.model.vocab_size = 8000
-    config.optim.learning_rate = 1.5e-3
+    config.model.num_layers = 1
+    config.model.embed_dim = 96
+    config.model.num_heads = config.model.num_kv_heads = 3
+    config.model.mlp_dim = 192
+    config.optim.learning_rate = 2e-3
     config.optim.ema_decay = 0.995
     config.train.batch_size = 128
-    config.train.epochs = 6.0
+    config.train.epochs = 5.0
     config.train.eval_every = 247  # an epoch
     config.train.log_every = 50
     return config

@@ -355,7 +355,7 @@ class LanguageModelConfig:
     """
 
     # (path, field, weight) or (path, field, weight, join): a text file (field ""), or a column of a
-    # table; how often a text comes in one epoch; 1 to `join` related texts make one document.
+    # table; how often a text comes in one epoch; 2 to `join` related texts make one document.
     data: tuple[Any, ...]
     model: ModelConfig
     optim: OptimConfig

@@ -8,7 +8,7 @@ of the parameters is taken where the run kept one.
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from llm_jax.checkpoint.hf import export_hf
 from llm_jax.checkpoint.workdir import load_trained
@@ -35,6 +35,7 @@ def generation_config(tokenizer: Tokenizer) -> dict[str, int | bool]:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
+    logging.set_verbosity(logging.WARNING)
     trained = load_trained(WORKDIR.value, make_mesh(""), param_dtype=DTYPE.value)
     tokenizer = load_tokenizer(trained.tokenizer)
     generates = trained.model.config.head == "lm"

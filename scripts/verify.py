@@ -71,7 +71,9 @@ def token_ids(directory, prompts: list[str], config: ModelConfig) -> list[list[i
         if prompts:
             raise
         rng = np.random.default_rng(0)
-        return [rng.integers(0, config.vocab_size, min(n, room)).tolist() for n in (37, 20, 5, 1)]
+        # transformers takes the padding id for padding wherever it stands: leave out the first ids.
+        first = 3 if config.vocab_size > 30 else 0
+        return [rng.integers(first, config.vocab_size, min(n, room)).tolist() for n in (37, 20, 5, 1)]
     encoded = [tokenizer.encode(prompt)[:room] for prompt in prompts or PROMPTS]
     return [ids for ids in encoded if ids]
 

@@ -1,4 +1,4 @@
-"""Where the optional real data, tokenizers and weights live; tests that need them skip when they are absent."""
+"""Where the optional real data, tokenizers and weights live; tests that need them skip without."""
 
 import os
 from pathlib import Path

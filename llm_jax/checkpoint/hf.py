@@ -58,7 +58,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _GENERATION = (
     "bos_token_id eos_token_id pad_token_id do_sample temperature top_k top_p min_p "
     "repetition_penalty max_new_tokens max_length num_beams length_penalty early_stopping "
-    "num_return_sequences"
+    "num_return_sequences min_new_tokens"
 ).split()
 _GENERATION_NEUTRAL = {
     "typical_p": (1.0,),
@@ -71,7 +71,6 @@ _GENERATION_NEUTRAL = {
     "encoder_repetition_penalty": (1.0,),
     "encoder_no_repeat_ngram_size": (0,),
     "min_length": (0,),
-    "min_new_tokens": (0,),
     "forced_bos_token_id": (),
     "forced_eos_token_id": (),
     "suppress_tokens": ([],),
@@ -239,7 +238,12 @@ class _Checkpoint:
         self.tensors: dict[str, tuple[TensorFile, str]] = {}
         for file in _tensor_files(directory):
             for name in file.names:
-                self.tensors.setdefault(canonical_name(self.family, name), (file, name))
+                known, other = self.tensors.setdefault(canonical_name(self.family, name), (file, name))
+                if (known, other) != (file, name):
+                    raise ValueError(
+                        f"{file.path}: tensor {name} and {other} of {known.path} are the same one; "
+                        "expected one of them"
+                    )
         self._settle_copies()
         self.missing = {}
         for path in self.sources:
@@ -261,10 +265,11 @@ class _Checkpoint:
 
     def describe_missing(self, missing: Mapping[str, Sequence[str]]) -> str:
         names = [name for names in missing.values() for name in names]
-        file = next(iter(self.tensors.values()))[0].path if self.tensors else self.directory
+        paths = {file.path for file, _ in self.tensors.values()}
+        place = paths.pop() if len(paths) == 1 else self.directory
         wanted = {path: tuple(self.shapes[path].shape) for path in missing}
         return (
-            f"{file.parent}: missing tensors {_few(names)}, expected for {_few(wanted.items())} of "
+            f"{place}: missing tensors {_few(names)}, expected for {_few(wanted.items())} of "
             f"family={self.model.config.family!r}, head={self.model.config.head!r}; the checkpoint "
             "is incomplete or its config.json is of another model (load_trunk draws a missing head)"
         )
@@ -350,7 +355,7 @@ class _Checkpoint:
             (spare if is_spare else unexpected).append(name)
         if spare:
             head = self.model.config.head
-            logger.info("%s: not used with head=%r: %s", self.directory, head, _few(sorted(spare)))
+            logger.warning("%s: not used with head=%r: %s", self.directory, head, _few(sorted(spare)))
         if unexpected:
             file, stored = self.tensors[min(unexpected)]
             raise ValueError(
@@ -402,8 +407,9 @@ def _from_shards(
     """
     devices = defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        bounds = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, shape, strict=True))
-        devices[tuple((s.start, s.stop) for s in bounds)].append(device)
+        assert index is not None  # it is for devices of other processes only
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        devices[bounds].append(device)
     arrays = []
     for bounds, replicas in devices.items():
         buffer = _aligned(tuple(stop - start for start, stop in bounds), dtype)
@@ -565,8 +571,9 @@ def _stored_shape(shape: Sequence[int], split: int, source: Source) -> tuple[int
 def _one_id(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with a list of one end-of-text id as that id, as Hugging Face writes it."""
     eos = generation_config.get("eos_token_id")
-    single = isinstance(eos, list) and len(eos) == 1
-    return {**generation_config, **({"eos_token_id": eos[0]} if single else {})}
+    if isinstance(eos, list) and len(eos) == 1:
+        return {**generation_config, "eos_token_id": eos[0]}
+    return dict(generation_config)
 
 
 # --- Files beside the tensors --------------------------------------------------------------------
@@ -587,8 +594,9 @@ def _sentence_pooling(directory: Path) -> str | None:
     settings = _read_json(path)
     on = {key.removeprefix("pooling_mode_") for key, value in settings.items() if value is True}
     on &= {key.removeprefix("pooling_mode_") for key in settings if key.startswith("pooling_mode_")}
-    if isinstance(settings.get("pooling_mode"), str):
-        on = {_POOLING_MODES.get(settings["pooling_mode"], settings["pooling_mode"])}
+    mode = settings.get("pooling_mode")  # how newer versions write it
+    if isinstance(mode, str):
+        on = {_POOLING_MODES.get(mode, mode)}
     for ours, theirs in _POOLING_MODES.items():
         if on == {theirs}:
             return ours

@@ -40,9 +40,7 @@ def encode_chat(
     """
     template = template or chat_template_for(tokenizer, tools)
     tokens = {f"{role}_token": getattr(tokenizer, f"{role}_id") for role in ROLES}
-    texts = {
-        name: None if id_ is None else tokenizer.id_to_piece(id_) for name, id_ in tokens.items()
-    }
+    texts = {name: None if id_ is None else tokenizer.id_to_piece(id_) for name, id_ in tokens.items()}
     text = render_chat(
         template,
         messages,
@@ -95,13 +93,9 @@ def render_chat(
     try:
         return _compile(template).render(context)
     except jinja2.exceptions.SecurityError as error:
-        raise ValueError(
-            f"chat template refused, it tries to leave its sandbox: {error}"
-        ) from error
+        raise ValueError(f"chat template refused, it tries to leave its sandbox: {error}") from error
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(
-            f"chat template is not valid, line {error.lineno}: {error.message}"
-        ) from error
+        raise ValueError(f"chat template is not valid, line {error.lineno}: {error.message}") from error
     except (jinja2.TemplateError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"chat template failed on these messages: {error}") from error
 
@@ -133,9 +127,7 @@ class _Namespace(jinja2.utils.Namespace):
 
 def _check_attribute(name: str) -> None:
     if name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(
-            f"namespace attribute {name!r} starts with an underscore"
-        )
+        raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} starts with an underscore")
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):

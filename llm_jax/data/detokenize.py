@@ -86,9 +86,7 @@ class StreamingDecoder:
         return data[dropped:]
 
 
-def from_decoder_spec(
-    spec: dict[str, Any] | None, id_to_piece: Callable[[int], str]
-) -> Detokenizer:
+def from_decoder_spec(spec: dict[str, Any] | None, id_to_piece: Callable[[int], str]) -> Detokenizer:
     """The Detokenizer for the `decoder` entry of a tokenizer.json.
 
     Supported: ByteLevel, WordPiece, Metaspace, none, and sequences of Replace (of a string),
@@ -117,9 +115,7 @@ def from_decoder_spec(
 
 def _leading_strip(spec: dict[str, Any]) -> int:
     if spec["content"] != " " or spec["stop"]:
-        raise ValueError(
-            f"tokenizer.json: decoder {spec} is not supported; only leading spaces are"
-        )
+        raise ValueError(f"tokenizer.json: decoder {spec} is not supported; only leading spaces are")
     return spec["start"]
 
 
@@ -149,9 +145,7 @@ def _step(spec: dict[str, Any]) -> Step:
 
 def _str(piece: Piece) -> str:
     if isinstance(piece, bytes):
-        raise ValueError(
-            "tokenizer.json: a decoder that yields bytes must be the last that maps pieces"
-        )
+        raise ValueError("tokenizer.json: a decoder that yields bytes must be the last that maps pieces")
     return piece
 
 

@@ -117,9 +117,7 @@ class ByteTokenizer(FastTokenizer):
         special = {"pad": "<pad>", "unk": "<unk>", "bos": "<s>", "eos": "</s>"}
         vocab = {text: id_ for id_, text in enumerate(special.values())}
         vocab |= {char: len(special) + byte for char, byte in byte_alphabet().items()}
-        backend = _byte_level(
-            models.BPE(vocab, []), pre_tokenizers.ByteLevel(False, use_regex=False)
-        )
+        backend = _byte_level(models.BPE(vocab, []), pre_tokenizers.ByteLevel(False, use_regex=False))
         backend.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocab["<s>"])]
         )
@@ -243,9 +241,7 @@ class _Naming:
         trace: types.TracebackType | None,
     ) -> None:
         if kind is Exception:
-            raise ValueError(
-                f"{self.path} was refused by the tokenizers library: {error}"
-            ) from error
+            raise ValueError(f"{self.path} was refused by the tokenizers library: {error}") from error
 
 
 def _byte_level(bpe: models.BPE, splitter: pre_tokenizers.PreTokenizer) -> tokenizers.Tokenizer:
@@ -276,14 +272,10 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: TokenizerConfig) -> None:
     named = dict.fromkeys([*config.tokens.values(), *config.extra_special])
     known_special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
     missing = [text for text in named if text not in known_special]
-    backend.add_special_tokens(
-        [AddedToken(text, special=True, normalized=False) for text in missing]
-    )
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
 
 
-def _surround(
-    backend: tokenizers.Tokenizer, config: TokenizerConfig, roles: dict[str, int]
-) -> None:
+def _surround(backend: tokenizers.Tokenizer, config: TokenizerConfig, roles: dict[str, int]) -> None:
     """Make the post-processor add BOS and EOS where the config states whether to, and counts."""
     if config.tokenizer_class not in _BOS_EOS_CLASSES:
         return

@@ -9,15 +9,16 @@ import numpy as np
 def join_related(
     texts: Sequence[str], encode: Callable[[str], Sequence[int]], most: int, seed: int
 ) -> list[str]:
-    """Documents of 1 to `most` texts each; every different text comes once.
+    """Documents of 2 to `most` texts each (the last may have fewer); every different text comes once.
 
     Texts whose rarest token is the same stand side by side, so that what is joined tends to be about
     one thing. A token that only one text has relates nothing and does not count. Between two texts
     comes a space, unless the first ends in a character that is not ASCII (as 。 does).
-    The same (texts, seed) give the same documents; the number of texts of each is uniform.
+    The same (texts, seed) give the same documents; the number of texts of each is uniform. None has
+    one text only: a model that has seen such documents often ends where a prompt of one sentence does.
     """
-    if most < 1:
-        raise ValueError(f"most={most}: expected 1 text per document or more")
+    if most < 2:
+        raise ValueError(f"most={most}: expected 2 texts per document or more")
     rng = np.random.default_rng(seed)
     texts = list(dict.fromkeys(texts))
     tokens = [set(encode(text)) for text in texts]
@@ -27,7 +28,7 @@ def join_related(
     order = sorted(range(len(texts)), key=lambda i: (rarest[i], chance[i]))
     documents, start = [], 0
     while start < len(order):
-        stop = start + int(rng.integers(1, most + 1))
+        stop = start + int(rng.integers(2, most + 1))
         documents.append(_join([texts[i] for i in order[start:stop]]))
         start = stop
     return documents

@@ -103,9 +103,7 @@ def _piece(data: bytes) -> Piece:
 
 def _single(messages: list) -> dict[int, Any]:
     """The last value of every field of the (merged) occurrences of one sub-message."""
-    return {
-        number: values[-1] for message in messages for number, values in _fields(message).items()
-    }
+    return {number: values[-1] for message in messages for number, values in _fields(message).items()}
 
 
 def round_scores(data: bytes, step: float) -> bytes:
@@ -282,9 +280,7 @@ def differing_text(
 
     Tried are `texts`, PROBES, and every piece of the vocabulary in three random neighbourhoods.
     """
-    surfaces = [
-        p.text.replace(SPACE, " ") for p in model.pieces if p.type in (NORMAL, USER_DEFINED)
-    ]
+    surfaces = [p.text.replace(SPACE, " ") for p in model.pieces if p.type in (NORMAL, USER_DEFINED)]
     shuffle = random.Random(0)
     joined = []
     for _ in range(3):

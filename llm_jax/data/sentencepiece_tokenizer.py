@@ -168,9 +168,7 @@ class SentencePieceTokenizer(Tokenizer):
             _LOG.info("no tokenizer.json: %s", error)
             return None
         fast.add_tokens(list(self._tokens.values()))
-        renamed = [
-            t.content for id_, t in self._tokens.items() if fast.token_to_id(t.content) != id_
-        ]
+        renamed = [t.content for id_, t in self._tokens.items() if fast.token_to_id(t.content) != id_]
         if renamed:
             _LOG.info("no tokenizer.json: added tokens %s rename pieces or leave gaps", renamed)
             return None

@@ -114,9 +114,7 @@ def _text(token: Any) -> str | None:
         return token
     if isinstance(token, dict) and isinstance(token.get("content"), str):
         return token["content"]
-    raise ValueError(
-        f"{_CONFIG}: a token must be a string or an object with content, got {token!r}"
-    )
+    raise ValueError(f"{_CONFIG}: a token must be a string or an object with content, got {token!r}")
 
 
 def _extra_special(named: dict[str, Any]) -> tuple[str, ...]:

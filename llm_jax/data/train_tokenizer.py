@@ -96,9 +96,7 @@ def train_sentencepiece(
     config = TokenizerConfig({"add_bos_token": True, "add_eos_token": False})
     tokenizer = SentencePieceTokenizer(round_scores(model.getvalue(), _SCORE_STEP), config)
     if tokenizer.vocab_size < vocab_size:
-        _LOG.warning(
-            "the text yields %d pieces, not the %d asked for", tokenizer.vocab_size, vocab_size
-        )
+        _LOG.warning("the text yields %d pieces, not the %d asked for", tokenizer.vocab_size, vocab_size)
     tokenizer.save(output_dir, texts=sample)
     return tokenizer
 

@@ -233,7 +233,7 @@ class LLM:
                 timing=timing,
             )
             for row, i in enumerate(batch):
-                text = prompts[i] if isinstance(prompts[i], str) else None
+                text = _text_of(prompts[i])
                 for sample in range(num_return):
                     if found.scores[row, sample] > -math.inf:
                         output = Output(text, ids[i], sample)
@@ -267,7 +267,7 @@ class LLM:
         requests = self._requests(sampling, len(ids))
         for batch in self._batches(requests):
             outputs = [
-                Output(prompts[i] if isinstance(prompts[i], str) else None, ids[i], sample)
+                Output(_text_of(prompts[i]), ids[i], sample)
                 for i in batch
                 for sample in range(requests[i].n)
             ]
@@ -394,6 +394,13 @@ class _Row:
             text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         self.output.text += text
         return text
+
+
+def _text_of(prompt: Any) -> str | None:
+    """A prompt as people gave it: the text, or the last message of a chat; None for ids."""
+    if isinstance(prompt, str):
+        return prompt
+    return prompt[-1]["content"] if len(prompt) and isinstance(prompt[-1], dict) else None
 
 
 def _overlap(text: str, stops: tuple[str, ...]) -> int:

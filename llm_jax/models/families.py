@@ -94,9 +94,7 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     hf: dict[str, Any] = {"model_type": cfg.family, "architectures": [_architecture(fam, cfg)]}
     hf.update({"bos_token_id": None, "eos_token_id": None, "pad_token_id": None})
     hf.update({key: getattr(cfg, field) for field, key in fam.keys.items()})
-    for key, value in hf.items():
-        if key == fam.keys["activation"]:
-            hf[key] = _hf_activation(fam, value)
+    hf[fam.keys["activation"]] = _hf_activation(fam, cfg.activation)
     if "pad_token_id" in fam.defaults:
         hf["pad_token_id"] = cfg.position_offset - 1
         hf["max_position_embeddings"] = cfg.max_positions + cfg.position_offset

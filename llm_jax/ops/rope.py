@@ -9,9 +9,7 @@ import numpy as np
 from llm_jax.config import RopeScaling
 
 
-def frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None
-) -> tuple[np.ndarray, float]:
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[np.ndarray, float]:
     """(radians per token [H/2] float32, factor on cos and sin).
 
     Sources: linear, Chen et al. 2023; llama3, the Llama 3.1 release; yarn, Peng et al. 2023.

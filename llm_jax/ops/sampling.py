@@ -276,8 +276,7 @@ def pack(
             f"{vocab_size}; ask for fewer alternatives"
         )
     fields: dict[str, Any] = {
-        name: np.array([getattr(p, name) for p in params], dtype)
-        for name, dtype in _PER_ROW.items()
+        name: np.array([getattr(p, name) for p in params], dtype) for name, dtype in _PER_ROW.items()
     }
     fields["temperature"][[p.greedy for p in params]] = 0
     fields["key_data"] = _row_keys([p.seed for p in params], sample_index, default_seed)
@@ -321,9 +320,7 @@ def _features_of(params: Sequence[SamplingParams]) -> SamplingFeatures:
     )
 
 
-def _row_keys(
-    seeds: Sequence[int | None], sample_index: Sequence[int], default_seed: int
-) -> np.ndarray:
+def _row_keys(seeds: Sequence[int | None], sample_index: Sequence[int], default_seed: int) -> np.ndarray:
     """Threefry key data [B, 2] uint32. numpy's SeedSequence mixes on the host, where folding keys
     with jax.random would cost several device calls per row; its output is stable by contract."""
     keys = np.zeros((len(seeds), 2), np.uint32)
@@ -399,9 +396,7 @@ def sample(
     return _with_logprobs(tokens, logits, features.logprobs), _advance(state, tokens)
 
 
-def process_logits(
-    logits: jax.Array, state: SamplingState, features: SamplingFeatures
-) -> jax.Array:
+def process_logits(logits: jax.Array, state: SamplingState, features: SamplingFeatures) -> jax.Array:
     """Penalties, bias and forbidden ids: float32 [B, V] -> [B, V].
 
     What holds for greedy decoding too. Transformers adds its bias before the repetition penalty;
@@ -440,9 +435,7 @@ def _at_ids(logits: jax.Array, ids: jax.Array, values: jax.Array) -> jax.Array:
     return jax.vmap(lambda row, at, value: row.at[at].add(value, mode="drop"))(logits, ids, values)
 
 
-def filter_logits(
-    scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
-) -> jax.Array:
+def filter_logits(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
     """Top-k, then top-p of what it kept (arXiv:1904.09751), then min-p (arXiv:2407.01082).
 
     Each filter is a threshold on the value, so tokens tied at the cut are all kept, and the

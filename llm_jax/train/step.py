@@ -6,6 +6,7 @@
 Parts add up to exactly the large batch because objectives return sums and counts.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,7 @@ def make_train_step(
     return _on_mesh(compiled, mesh)
 
 
+@functools.lru_cache(maxsize=8)  # several held-out sets share one program
 def make_eval_step(model: Model, objective: Objective, mesh: Mesh) -> Callable:
     """f(params, batch) -> {name: (sum, count)} with "loss" among the names; no dropout."""
 

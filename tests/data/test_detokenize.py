@@ -212,9 +212,7 @@ def test_each_token_is_looked_up_once():
     assert looked_up == data  # so the cost of a token does not grow with the text before it
 
 
-@pytest.mark.parametrize(
-    "name", ["gpt2", "llama2", "mistral-v1", "deepseek-r1", "bert-base-chinese"]
-)
+@pytest.mark.parametrize("name", ["gpt2", "llama2", "mistral-v1", "deepseek-r1", "bert-base-chinese"])
 def test_real_vocabularies(name):
     tokenizer = load_tokenizer(shared_path(f"tokenizers/{name}"))
     for text in TEXTS:

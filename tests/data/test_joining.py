@@ -13,8 +13,7 @@ def test_every_different_text_comes_once():
     texts = [f"{a}{b}." for a in "abcdef" for b in "uvwxyz"] * 2
     documents = join_related(texts, encode, 3, seed=0)
     assert sorted(" ".join(documents).split()) == sorted(set(texts))
-    sizes = {len(document.split()) for document in documents[:-1]}
-    assert sizes == {1, 2, 3}
+    assert {len(document.split()) for document in documents[:-1]} == {2, 3}
 
 
 def test_same_seed_same_documents():
@@ -33,8 +32,6 @@ def test_texts_that_share_a_rare_token_are_joined():
 def test_space_after_ascii_only():
     english = [join_related(["I see.", "I do."], encode, 2, seed) for seed in range(8)]
     assert {document for documents in english for document in documents} == {
-        "I see.",
-        "I do.",
         "I see. I do.",
         "I do. I see.",
     }
@@ -43,5 +40,5 @@ def test_space_after_ascii_only():
 
 
 def test_most_is_checked():
-    with pytest.raises(ValueError, match="most=0"):
-        join_related(["a"], encode, 0, seed=0)
+    with pytest.raises(ValueError, match="most=1"):
+        join_related(["a"], encode, 1, seed=0)

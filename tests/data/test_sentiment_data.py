@@ -1,4 +1,4 @@
-"""The bundled Chinese sentiment set is what its card says: clean, balanced, varied and honestly split."""
+"""The bundled Chinese sentiment set is what its card says: clean, balanced, varied, honestly split."""
 
 from collections import Counter
 from itertools import combinations

@@ -316,9 +316,7 @@ def test_training_script_reads_every_kind_of_file(tmp_path):
     (tmp_path / "c.csv").write_text('label,text\n1,"two\nlines, quoted"\n')
     (tmp_path / "d.jsonl").write_text('{"text": "一行"}\n\n{"text": "two"}\n')
     files = ",".join(str(tmp_path / name) for name in ("a.txt", "b.tsv", "c.csv", "d.jsonl"))
-    done = run_script(
-        f"--input={files}", f"--output={tmp_path / 'out'}", "--vocab_size=350", "--json"
-    )
+    done = run_script(f"--input={files}", f"--output={tmp_path / 'out'}", "--vocab_size=350", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["texts"] == len(CORPUS) + 4
@@ -341,9 +339,7 @@ def test_sentencepiece_options(trained, tmp_path):
     tokenizer, directory = trained
     (tmp_path / "tokenizer.model").write_bytes((directory / "tokenizer.model").read_bytes())
     config = {"add_bos_token": False, "add_eos_token": True, "legacy": False}
-    config["added_tokens_decoder"] = {
-        "500": {"content": "<tool>", "lstrip": True, "special": False}
-    }
+    config["added_tokens_decoder"] = {"500": {"content": "<tool>", "lstrip": True, "special": False}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     other = load_tokenizer(tmp_path)
     plain = tokenizer.encode("a dog", add_special_tokens=False)

@@ -29,7 +29,7 @@ SCORE_TOLERANCE = 1e-4  # from the issue; measured differences are near 1e-6
 @pytest.fixture(scope="module", autouse=True)
 def small_programs():
     """Compile fast, and keep torch from waiting for threads that tiny products do not need."""
-    threads, optimize = torch.get_num_threads(), jax.config.jax_disable_most_optimizations
+    threads, optimize = torch.get_num_threads(), jax.config.read("jax_disable_most_optimizations")
     torch.set_num_threads(1)
     jax.config.update("jax_disable_most_optimizations", True)
     yield

@@ -106,9 +106,7 @@ def test_repetition_penalty_matches_transformers_over_prompt_and_generated():
 def test_presence_and_frequency_penalties_follow_the_openai_formula():
     presence, frequency = [0.0, 0.5, -1.0, 2.0], [0.0, 0.25, 1.5, -0.5]
     pairs = zip(presence, frequency, strict=True)
-    params = [
-        SamplingParams(temperature=0, presence_penalty=p, frequency_penalty=f) for p, f in pairs
-    ]
+    params = [SamplingParams(temperature=0, presence_penalty=p, frequency_penalty=f) for p, f in pairs]
     # Peaked logits repeat tokens; the prompt must not count.
     steps = np.stack([random_logits(s % 2, 4, scale=20) for s in range(7)])
     tokens, state, features = run(params, steps[:6], prompts=[[1, 2, 3]] * 4)

@@ -165,6 +165,7 @@ def test_dropout_differs_from_step_to_step_and_not_from_run_to_run(whole):
     assert losses[0] != losses[1] and losses[0] != whole[1][0]["loss"]
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_keeps_float32_parameters_and_learns(whole):
     state, history = train(config=dataclasses.replace(CONFIG, compute_dtype="bfloat16"))
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}

@@ -1,0 +1,176 @@
+"""From files to a trained workdir, small; and the configs and overrides that start such runs."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm_jax.checkpoint.workdir import load_trained
+from llm_jax.config import (
+    ClassificationConfig,
+    LanguageModelConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    from_dict,
+    unknown_override,
+)
+from llm_jax.data.tasks import Example
+from llm_jax.data.tokenizer import load_tokenizer
+from llm_jax.sharding import make_mesh
+from llm_jax.train import classification, language_model
+from llm_jax.train.metrics_log import read_metrics
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MODEL = ModelConfig(
+    "llama",
+    vocab_size=400,
+    num_layers=1,
+    embed_dim=16,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=16,
+    mlp_dim=16,
+    max_positions=64,
+    tie_embeddings=True,
+)
+OPTIM = OptimConfig(2e-2, ema_decay=0.9)
+
+
+def write_reviews(path, rows, seed):
+    """Fruit is good, tools are bad, whatever the words between."""
+    rng = np.random.default_rng(seed)
+    words = {"good": ["apple", "pear", "plum"], "bad": ["saw", "drill", "file"]}
+    lines = ["label\ttext"]
+    for i in range(rows):
+        label = ("good", "bad")[i % 2]
+        filler = rng.choice(["the", "a", "red", "old", "and"], 4)
+        text = [*filler[:2], rng.choice(words[label]), *filler[2:], str(i)]
+        lines.append(f"{label}\t{' '.join(text)}")
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.slow
+def test_a_classifier_from_a_file_to_answers(tmp_path):
+    data, workdir, mesh = tmp_path / "data.tsv", tmp_path / "run", make_mesh("data:2")
+    write_reviews(data, 120, 0)
+    config = ClassificationConfig(
+        data=str(data),
+        eval_fraction=0.25,
+        subword_alpha=0.5,
+        max_tokens=32,
+        balance_classes=True,
+        model=dataclasses.replace(
+            MODEL, head="classifier", causal=False, pooling="mean", num_classes=9, dropout=0.1
+        ),
+        optim=OPTIM,
+        train=TrainConfig(batch_size=16, epochs=6.0),
+    )
+    result = classification.run(config, workdir, mesh)
+    assert result.labels == ("bad", "good") and len(result.gold) == 30
+    np.testing.assert_allclose(result.probs.sum(axis=1), 1.0, rtol=1e-5)
+    assert np.mean(result.gold == result.predicted) == 1.0
+
+    last = read_metrics(workdir / "metrics.jsonl")[-1]
+    assert last["step"] == round(6 * 90 / 16) and last["eval/accuracy"] == 1.0
+    right = result.probs[np.arange(30), result.gold]
+    assert last["eval/loss"] == pytest.approx(-np.log(right).mean(), rel=1e-5)
+    trained = load_trained(workdir, make_mesh("data:1"))
+    assert trained.labels == result.labels and trained.model.config.num_classes == 2
+    assert load_tokenizer(trained.tokenizer).vocab_size == trained.model.config.vocab_size
+    # The same command again trains nothing and answers the same.
+    again = classification.run(config, workdir, mesh)
+    np.testing.assert_array_equal(again.probs, result.probs)
+    with pytest.raises(ValueError, match=r"config\.label_smoothing: 0\.0 there, 0\.3 here"):
+        classification.run(dataclasses.replace(config, label_smoothing=0.3), workdir, mesh)
+
+
+def test_a_language_model_from_files_to_perplexity(tmp_path):
+    data, table = tmp_path / "lines.txt", tmp_path / "pairs.tsv"
+    data.write_text("".join(f"one two three four {i % 3} six\n" for i in range(60)))
+    table.write_text("id\ten\n" + "".join(f"{i}\tseven eight nine {i}\n" for i in range(40)))
+    config = LanguageModelConfig(
+        data=((str(data), "", 0.5), (str(table), "en", 2.0)),
+        eval_fraction=0.1,
+        row_tokens=32,
+        loss_chunk=8,
+        model=MODEL,
+        optim=OPTIM,
+        train=TrainConfig(batch_size=4, steps=120),
+    )
+    sources = [language_model._read(config, entry) for entry in config.data]
+    assert all(not set(s.texts) & set(s.held_out) for s in sources)
+    # 60 lines are three texts, of which one is held out with its 20 repeats; half of the rest stay.
+    assert [len(s.held_out) for s in sources] == [20, 4]
+    assert [len(language_model._weighted(s, 0)) for s in sources] == [20, 2 * 36]
+
+    result = language_model.run(config, tmp_path / "run", make_mesh("data:1"))
+    assert result.perplexity == pytest.approx(np.exp(result.loss))
+    assert result.perplexity < 40, "of 287 tokens"
+    tokenizer = load_tokenizer(tmp_path / "run" / "tokenizer")
+    # Every token but the first of a document is a target; its end is one more.
+    held_out = [text for s in sources for text in s.held_out]
+    targets = sum(len(tokenizer.encode(text)) for text in held_out)
+    size = sum(len(text.encode()) for text in held_out)
+    assert result.tokens == targets and len(result.sources) == 2
+    assert result.bits_per_byte == pytest.approx(result.loss * targets / size / np.log(2), rel=1e-6)
+
+
+def test_eval_batches_hold_every_example_once_and_padding_has_no_label():
+    rng = np.random.default_rng(0)
+    examples = [Example("", rng.integers(1, 9, n).astype(np.int32), n % 3) for n in range(1, 12)]
+    batches = classification.eval_batches(examples, 4, (6, 12))
+    assert [b["tokens"].shape for b in batches] == [(4, 6), (4, 12), (4, 12)]
+    labels = np.concatenate([b["labels"] for b in batches])
+    assert sorted(labels[labels >= 0]) == sorted(e.label for e in examples)
+    lengths = np.concatenate([b["segment_ids"].sum(axis=1) for b in batches])
+    assert sorted(lengths) == [0, *range(1, 12)] and labels[lengths == 0] == [-1]
+
+
+def test_classes_weigh_the_same_when_balanced():
+    weights = classification._class_weights([0, 0, 0, 1], 2)
+    assert weights == pytest.approx((4 / 6, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("sentiment", ClassificationConfig), ("demo_lm", LanguageModelConfig)]
+)
+def test_configs_are_whole(name, kind):
+    settings = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]().to_dict()
+    assert isinstance(from_dict(kind, settings), kind)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.optim.lerning_rate=1", "'lerning_rate'; did you mean learning_rate?"),
+        ("--config.optm.learning_rate=1", "'optm'; did you mean optim?"),
+        ("--noconfig.balance_clases", "'balance_clases'; did you mean balance_classes?"),
+        ("--config.data.path=x", "a value there, not a group"),
+        ("--config.optim.learning_rate=1", None),
+    ],
+)
+def test_an_unknown_override_is_told_the_nearest_name(override, message):
+    found = unknown_override(["train.py", f"--config={CONFIGS / 'sentiment.py'}", override])
+    assert (found is None) if message is None else (message in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": {"batch_size": 8}}, "steps"),
+        ({"train": {"batch_size": 8, "steps": 1, "accumulate": 3}}, "accumulate"),
+        ({"max_tokens": 65}, "max_positions=64"),
+        ({"eval_fraction": 0.0}, "eval_fraction"),
+        ({"optim": {"learning_rate": 1.0, "lr": 2.0}}, r"config\.optim\.lr is not a setting"),
+    ],
+)
+def test_bad_settings_name_the_field(change, message):
+    model = dataclasses.asdict(dataclasses.replace(MODEL, head="classifier", num_classes=2))
+    good = {"data": "x.tsv", "model": model, "optim": {"learning_rate": 1.0}}
+    good |= {"train": {"batch_size": 8, "steps": 1}, "max_tokens": 64}
+    assert from_dict(ClassificationConfig, good)
+    with pytest.raises(ValueError, match=message):
+        from_dict(ClassificationConfig, good | change)
