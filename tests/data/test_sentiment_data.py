@@ -38,7 +38,7 @@ def jaccard(a: frozenset[str], b: frozenset[str]) -> float:
     return len(a & b) / len(a | b)
 
 
-@pytest.mark.parametrize(("split", "per_class"), [("train", 410), ("dev", 71)])
+@pytest.mark.parametrize(("split", "per_class"), [("train", 418), ("dev", 71)])
 def test_classes_are_balanced(splits: dict[str, list[Row]], split: str, per_class: int) -> None:
     assert Counter(label for label, _ in splits[split]) == dict.fromkeys(LABELS, per_class)
 
