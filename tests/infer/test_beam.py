@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 from llm_jax import LLM, SamplingParams  # noqa: E402
 from llm_jax.cache import init_dense  # noqa: E402
 from llm_jax.checkpoint.hf import load_config, load_hf  # noqa: E402
+from llm_jax.data.tokenizer import ByteTokenizer  # noqa: E402
 from llm_jax.infer.beam import _take_beams  # noqa: E402
 from llm_jax.models import describe  # noqa: E402
 from llm_jax.sharding import make_mesh  # noqa: E402
@@ -123,33 +124,65 @@ def test_window_layers():
     check(outputs, reference(theirs, PROMPTS, stop_ids=END, **options))
 
 
-def test_penalty_and_minimum():
-    ours, theirs = models("llama")
-    options = {"min_new_tokens": 5, "repetition_penalty": 1.3}
-    outputs = ours.beam_search(PROMPTS, greedy(stop_ids=END, **options), num_beams=3)
-    check(outputs, reference(theirs, PROMPTS, num_beams=3, num_return=1, stop_ids=END, **options))
+BIAS = {11: 1.5, 60: -2.0}
+BAN = {token: -np.inf for token in range(tiny.VOCAB) if token != 8}
+MIXED = {  # requests of one batch, one for each prompt
+    "few tokens": greedy(max_new_tokens=4, stop_ids=END[:2]),
+    "repetition": greedy(repetition_penalty=1.3, min_new_tokens=6, stop_ids=END),
+    "bias": greedy(logit_bias=BIAS),
+    "presence": greedy(presence_penalty=0.5, frequency_penalty=0.2, logprobs=0),
+    "ban": greedy(logit_bias=BAN),
+}
 
 
-def test_bias():
-    ours, theirs = models("llama")
-    bias = {11: 1.5, 60: -2.0}
-    outputs = ours.beam_search(PROMPTS, greedy(logit_bias=bias), num_beams=3)
-    bias = {(token,): value for token, value in bias.items()}
-    expected = reference(theirs, PROMPTS, num_beams=3, num_return=1, stop_ids=(), sequence_bias=bias)
-    check(outputs, expected)
-
-
-def test_a_prompt_does_not_feel_its_neighbours():
-    ours, _ = models("llama")
-    requests = [
-        greedy(max_new_tokens=4, stop_ids=END[:2]),
-        greedy(presence_penalty=0.5, frequency_penalty=0.2),
-        greedy(stop_ids=END, repetition_penalty=1.2),
-    ]
+@functools.cache
+def mixed():
+    """Outputs of each of `MIXED` from one batch, and the prompt of each."""
+    prompts = dict(zip(MIXED, [*PROMPTS, [8, 60], [5]], strict=True))
     options = {"num_beams": 3, "num_return": 2}
-    together = ours.beam_search(PROMPTS, requests, **options)
-    alone = [ours.beam_search([p], [r], **options) for p, r in zip(PROMPTS, requests, strict=True)]
-    check(together, ([o.token_ids for a in alone for o in a], [o.score for a in alone for o in a]))
+    outputs = models("llama")[0].beam_search(list(prompts.values()), list(MIXED.values()), **options)
+    return {n: [o for o in outputs if o.prompt_ids == p] for n, p in prompts.items()}, prompts
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("few tokens", {"max_new_tokens": 4, "stop_ids": END[:2]}),
+        ("repetition", {"repetition_penalty": 1.3, "min_new_tokens": 6, "stop_ids": END}),
+        ("bias", {"sequence_bias": {(token,): value for token, value in BIAS.items()}}),
+    ],
+)
+def test_mixed_requests(name, options):
+    """Each prompt of a batch has its own limits, penalties and bias: transformers alone agrees."""
+    outputs, prompts = mixed()
+    options = {"stop_ids": (), "num_beams": 3, "num_return": 2} | options
+    check(outputs[name], reference(models("llama")[1], [prompts[name]], **options))
+
+
+def test_presence_and_frequency_follow_their_beam():
+    """Transformers has neither: the score is worked out from each token's own log-probability."""
+    for output in mixed()[0]["presence"]:
+        total = sum(output.logprobs)
+        for i, token in enumerate(output.token_ids):
+            before = output.token_ids[:i].count(token)
+            total -= 0.5 * (before > 0) + 0.2 * before
+        assert abs(output.score - total / len(output.token_ids)) < SCORE_TOLERANCE
+
+
+def test_banned_tokens_leave_fewer_hypotheses():
+    """With a single token allowed there is one continuation, however wide the search."""
+    assert [o.token_ids for o in mixed()[0]["ban"]] == [[8] * NEW]
+
+
+def test_text(monkeypatch):
+    ours, tokenizer = models("llama")[0], ByteTokenizer()
+    monkeypatch.setattr(ours, "tokenizer", tokenizer)
+    request = greedy(stop_ids=END, ignore_eos=True)
+    outputs = ours.beam_search(["MAP", "A", "1 + 2"], request, num_beams=3)
+    assert [o.prompt for o in outputs] == ["MAP", "A", "1 + 2"]
+    for o in outputs:
+        shown = o.token_ids[:-1] if o.finish_reason == "stop" else o.token_ids
+        assert o.text == tokenizer.decode(shown)
 
 
 @pytest.mark.parametrize("early_stopping", [False, "never"])
@@ -168,11 +201,10 @@ def test_one_beam_is_greedy(early_stopping):
 @pytest.mark.parametrize("mesh", ["data:2,tensor:4", "data:2,fsdp:4"])
 def test_sharded(mesh):
     """More tensor shards than kv heads, and more data shards than prompts."""
+    ours, theirs = models("llama", mesh)
     options = {"num_beams": 3, "num_return": 3}
-    request = greedy(stop_ids=END, repetition_penalty=1.2)
-    expected = models("llama")[0].beam_search(PROMPTS, request, **options)
-    outputs = models("llama", mesh)[0].beam_search(PROMPTS, request, **options)
-    check(outputs, ([o.token_ids for o in expected], [o.score for o in expected]))
+    outputs = ours.beam_search(PROMPTS, greedy(stop_ids=END, repetition_penalty=1.2), **options)
+    check(outputs, reference(theirs, PROMPTS, stop_ids=END, repetition_penalty=1.2, **options))
 
 
 def test_reordering_stays_on_its_shard():
@@ -182,14 +214,6 @@ def test_reordering_stays_on_its_shard():
         program = jax.jit(_take_beams).lower(cache, np.zeros((8, 3), np.int32)).compile()
     text = program.as_text()
     assert not [op for op in ("all-gather", "all-reduce", "all-to-all") if f"{op}(" in text]
-
-
-def test_banned_tokens_leave_fewer_hypotheses():
-    """With a single token allowed there is one continuation, however wide the search."""
-    ours, _ = models("llama")
-    bias = {token: -np.inf for token in range(tiny.VOCAB) if token != 8}
-    outputs = ours.beam_search([[5]], greedy(logit_bias=bias), num_beams=3, num_return=3)
-    assert [o.token_ids for o in outputs] == [[8] * NEW]
 
 
 @pytest.mark.parametrize(
