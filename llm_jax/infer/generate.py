@@ -182,11 +182,13 @@ def generate(
 
 def _fused_steps(model, features, params, compiled, timing, mesh, max_steps):
     """Several steps in one dispatch, sampling included."""
-    decode = make_decode(model, features, max_steps)
+    decode, program = make_decode(model, features, max_steps), None
 
     def run(cache, state, steps):
+        nonlocal program
         args = (params, cache, state, jax.device_put(np.int32(steps), replicated(mesh)))
-        program = compiled.get(decode, timing, *args)
+        if program is None:  # shapes and shardings stay the same from here on
+            program = compiled.get(decode, timing, *args)
         start = time.perf_counter()
         result = program(*args)
         timing.decode_s += time.perf_counter() - start
