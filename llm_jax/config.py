@@ -186,7 +186,7 @@ def from_dict(cls: type, values: Mapping[str, Any], where: str = "config") -> An
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain dict of a config dataclass, tuples as lists: what config.json holds."""
 
-    def plain(value):
+    def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value

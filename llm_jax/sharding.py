@@ -72,7 +72,7 @@ def make_mesh(shape: Mapping[str, int] | str = "", devices: Sequence | None = No
     Sizes not named are 1; one may be -1 and takes the devices that are left. Raises ValueError
     when the sizes do not fit the devices there are.
     """
-    sizes = dict.fromkeys(MESH_AXES, 1) | (parse_mesh(shape) if isinstance(shape, str) else shape)
+    sizes = {**dict.fromkeys(MESH_AXES, 1), **(parse_mesh(shape) if isinstance(shape, str) else shape)}
     if unknown := set(sizes) - set(MESH_AXES):
         raise ValueError(f"mesh axes {sorted(unknown)} are unknown; expected {MESH_AXES}")
     devices = list(jax.devices() if devices is None else devices)

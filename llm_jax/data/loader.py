@@ -72,6 +72,7 @@ class BatchOrder:
 
     def _by_length(self, batches: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         records = batches.reshape(-1)
+        assert self.lengths is not None  # without lengths the order is not sorted by them
         records = records[np.argsort(self.lengths[records], kind="stable")]
         return rng.permutation(records.reshape(batches.shape))
 

@@ -12,6 +12,8 @@ come from (the batch, a cache) is the context's business: there is no decode mod
 between layers (window, rotary table) is data, scanned along.
 """
 
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,6 +25,8 @@ from llm_jax.ops.attention import AttentionContext
 from llm_jax.ops.rope import frequencies, rotary_tables
 from llm_jax.sharding import shard
 from llm_jax.tree import is_per_layer
+
+Context = TypeVar("Context", bound=AttentionContext)
 
 
 class Block(nnx.Module):
@@ -76,9 +80,9 @@ class Transformer(nnx.Module):
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        context: AttentionContext,
+        context: Context,
         token_types: jax.Array | None = None,
-    ) -> tuple[jax.Array, AttentionContext]:
+    ) -> tuple[jax.Array, Context]:
         """tokens, positions, token_types [B, T] int32 -> hidden [B, T, D] and the context after."""
         x = self.embed(tokens, positions, token_types)
         x = context.dropout(shard(x, "batch", "seq", "embed"), self.cfg.dropout, 0, 2)
@@ -89,7 +93,7 @@ class Transformer(nnx.Module):
 
         def block(x, context, params, layer, window):
             rotary = None if tables is None else _choose(tables, window)
-            run = nnx.merge(graphdef, params)
+            run: Any = nnx.merge(graphdef, params)
             return run(x, positions, rotary, context, layer, window)
 
         if is_per_layer(jax.tree.leaves(layers, is_leaf=is_per_layer)[0]):

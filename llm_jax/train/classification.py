@@ -174,7 +174,8 @@ def _augmentation(tokenizer: Tokenizer, config: ClassificationConfig) -> Transfo
     alpha, rate = config.subword_alpha, config.token_dropout
     if not (alpha or rate):
         return None
-    if alpha and not isinstance(tokenizer, SentencePieceTokenizer):
+    sampler = tokenizer if isinstance(tokenizer, SentencePieceTokenizer) else None
+    if alpha and sampler is None:
         raise ValueError(
             f"subword_alpha={alpha}: only a sentencepiece tokenizer samples segmentations; "
             "set subword_alpha=0 or tokenizer=''"
@@ -182,9 +183,9 @@ def _augmentation(tokenizer: Tokenizer, config: ClassificationConfig) -> Transfo
 
     def transform(example: Example, rng: np.random.Generator) -> Example:
         tokens = example.tokens
-        if alpha:
+        if alpha and sampler is not None:
             seed = int(rng.integers(2**32))
-            encode = functools.partial(tokenizer.encode_sampled, alpha=alpha, seed=seed)
+            encode = functools.partial(sampler.encode_sampled, alpha=alpha, seed=seed)
             tokens = encode_within(example.text, encode, config.max_tokens)
         keep = rng.random(len(tokens)) >= rate
         return dataclasses.replace(example, tokens=tokens[keep] if keep.any() else tokens)

@@ -122,7 +122,7 @@ def _numbers(step: int, metrics: Mapping[str, jax.Array]) -> dict[str, float]:
     return numbers
 
 
-def _items(state: TrainState) -> dict[str, object]:
+def _items(state: TrainState) -> Mapping[str, object]:
     """The state as the items of a checkpoint."""
     rest = {"step": state.step, "opt_state": state.opt_state}
     average = {} if state.ema is None else {"ema": state.ema}

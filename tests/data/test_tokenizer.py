@@ -460,7 +460,7 @@ def test_missing_files(tmp_path):
             b'{"model": {"type": "New", "vocab": {}}}',
             r"tokenizer\.json was refused",
         ),
-        ("tokenizer.json.gz", gzip.compress(b"{}")[:-6], "truncated or damaged"),
+        ("tokenizer.json.gz", gzip.compress(b"{}", mtime=0)[:-6], "truncated or damaged"),
         ("tokenizer.json.gz", b"{}", "truncated or damaged"),
         ("tokenizer.model", b"not a model", r"tokenizer\.model: no sentencepiece model"),
         ("tokenizer.model", b"", r"tokenizer\.model: "),
