@@ -17,7 +17,8 @@ prompt=我喜欢编程。
 sentence=我是一个热爱编程的程序员。
 
 stage() { printf '\n[quickstart] %s\n' "$*"; }
-trap 'status=$?; [[ $status -eq 0 ]] || printf "\n[quickstart] FAILED in stage: %s\n" "$current" >&2' EXIT
+failed() { printf '\n[quickstart] FAILED in stage: %s\n' "$current" >&2; }
+trap failed ERR
 
 current="1/5 the documents' literal example, 2000 seeds at once"
 stage "$current"
