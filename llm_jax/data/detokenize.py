@@ -50,11 +50,14 @@ class Detokenizer:
         whether it has begun after it. ValueError when the vocabulary has no such id.
     errors: the codecs error handler for malformed UTF-8.
     strip: how many spaces at the very start of the text are dropped.
+    skip_breaks: whether a skipped id cuts off an unfinished character, as sentencepiece has it; else
+        the bytes on its two sides join, as in the tokenizers library.
     """
 
     render: Callable[[int, bool], tuple[bytes, bool]]
     errors: str = "replace"
     strip: int = 0
+    skip_breaks: bool = False
 
 
 class StreamingDecoder:
@@ -64,21 +67,25 @@ class StreamingDecoder:
         self._render = detokenizer.render
         self._skip = skip
         self._strip = detokenizer.strip
+        self._skip_breaks = detokenizer.skip_breaks
         self._utf8 = codecs.getincrementaldecoder("utf-8")(detokenizer.errors)
         self._begun = False
 
     def push(self, ids: int | Iterable[int]) -> str:
         """The text that `ids` (one or several) complete; empty while a character is unfinished."""
         ids = ids if isinstance(ids, Iterable) else (ids,)
-        return self._utf8.decode(b"".join([self._bytes(int(id_)) for id_ in ids]))
+        return "".join([self._text(int(id_)) for id_ in ids])
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character that was cut off, else nothing."""
         return self._utf8.decode(b"", final=True)
 
-    def _bytes(self, id_: int) -> bytes:
+    def _text(self, id_: int) -> str:
         if id_ in self._skip:
-            return b""
+            return self.flush() if self._skip_breaks else ""
+        return self._utf8.decode(self._bytes(id_))
+
+    def _bytes(self, id_: int) -> bytes:
         data, self._begun = self._render(id_, self._begun)
         dropped = min(self._strip, len(data) - len(data.lstrip(b" ")))
         if data:

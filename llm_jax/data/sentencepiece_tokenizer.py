@@ -84,7 +84,7 @@ class SentencePieceTokenizer(Tokenizer):
                 # the unknown piece stands for text that was lost, so decoding shows it
                 if token.special and self._types.get(id_) != UNKNOWN
             },
-            detokenizer=Detokenizer(functools.cache(self._render), REPLACE_EACH_BYTE),
+            detokenizer=Detokenizer(functools.cache(self._render), REPLACE_EACH_BYTE, skip_breaks=True),
             config=config,
         )
         self._prefix_always = config.option("legacy", True)

@@ -22,7 +22,7 @@ from llm_jax.data.detokenize import StreamingDecoder
 from llm_jax.data.tokenizer import load_tokenizer
 from llm_jax.data.tokenizer_base import Tokenizer
 from llm_jax.infer.beam import BeamOptions, Hypotheses, beam_search, check_searchable
-from llm_jax.infer.generate import Chunk, Compiled, Timing, generate
+from llm_jax.infer.generate import Chunk, Compiled, Timing, check_lengths, generate
 from llm_jax.infer.timeline import Timeline
 from llm_jax.models import Model, Params, describe
 from llm_jax.ops.sampling import SamplingParams
@@ -265,6 +265,7 @@ class LLM:
         with timeline.phase("tokenize"):
             ids = [self.encode(p) for p in prompts]
         requests = self._requests(sampling, len(ids))
+        check_lengths(self.model, ids, [request.max_new_tokens for request in requests])
         for batch in self._batches(requests):
             outputs = [
                 Output(_text_of(prompts[i]), ids[i], sample)

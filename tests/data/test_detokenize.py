@@ -164,6 +164,14 @@ def test_decode_equals_sentencepiece_for_any_ids(kinds, kind, data):
     assert tokenizer.decode(ids) == tokenizer._processor.decode(ids)
 
 
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_special_token_cuts_off_a_character_as_in_sentencepiece(kinds, kind):
+    tokenizer = kinds[kind]
+    lead, trail = (tokenizer.piece_to_id(piece) for piece in ("<0xC2>", "<0x80>"))
+    ids = [lead, tokenizer.pad_id, trail]
+    assert tokenizer.decode(ids) == tokenizer._processor.decode(ids) == "\N{REPLACEMENT CHARACTER}" * 2
+
+
 @pytest.mark.parametrize("text", [FAMILY, "编程😀é", "🏳️‍🌈 flag", "𠮷野家"])
 def test_character_is_emitted_with_its_last_byte_and_not_before(text):
     tokenizer = ByteTokenizer()
