@@ -1,10 +1,8 @@
 """Tokenizers run by the sentencepiece library from a `.model` file (Kudo and Richardson, 2018)."""
 
-import concurrent.futures
 import functools
 import logging
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from llm_jax.data.sentencepiece_model import (
     parse_model,
     to_tokenizers,
 )
+from llm_jax.data.subword_sampling import SegmentationSampler
 from llm_jax.data.tokenizer_base import Tokenizer, check_text
 from llm_jax.data.tokenizer_config import (
     TokenizerConfig,
@@ -40,9 +39,6 @@ _PLAIN_CLASSES = (
     "PreTrainedTokenizer",
     "TokenizersBackend",
 )
-# Older releases seed a thread's generator only when it is first used.
-_RESEEDS = tuple(int(part) for part in sentencepiece.__version__.split(".")[:3]) >= (0, 2, 3)
-_SAMPLING = threading.Lock()  # the library's random state belongs to the whole process
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -93,27 +89,24 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         check_text(text)
-        return self._surround(list(self._ids(text, {})), add_special_tokens)
+        return self._surround(list(self._ids(text, _most_likely)), add_special_tokens)
 
     def encode_sampled(
         self, text: str, *, alpha: float, seed: int, add_special_tokens: bool = True
     ) -> list[int]:
         """A random segmentation of `text`, for training (subword regularisation, Kudo, 2018).
 
-        alpha: for a unigram model the inverse temperature over all segmentations (0.1 is usual;
-            larger stays closer to `encode`); for BPE the probability to skip a merge.
-        seed: in [0, 2**32); the same seed gives the same ids, given the sentencepiece release.
+        alpha: inverse temperature over all segmentations (0.1 is usual; larger stays closer to
+            `encode`).
+        seed: 0 or more; the same seed gives the same ids, in every process.
+
+        ValueError when the model is not a unigram model.
         """
         check_text(text)
-        sampling = {"enable_sampling": True, "alpha": alpha, "nbest_size": -1}
-        with _SAMPLING:
-            sentencepiece.set_random_generator_seed(seed)
-            if _RESEEDS:
-                ids = list(self._ids(text, sampling))
-            else:
-                with concurrent.futures.ThreadPoolExecutor(1) as fresh:
-                    ids = fresh.submit(lambda: list(self._ids(text, sampling))).result()
-        return self._surround(ids, add_special_tokens)
+        ids = self._ids(
+            text, lambda processor, part: self._sampler(processor.normalize(part), alpha, seed)
+        )
+        return self._surround(list(ids), add_special_tokens)
 
     def id_to_piece(self, id_: int) -> str:
         if id_ in self._tokens:
@@ -210,14 +203,19 @@ class SentencePieceTokenizer(Tokenizer):
     def _surround(self, ids: list[int], add_special_tokens: bool) -> list[int]:
         return [*self._before, *ids, *self._after] if add_special_tokens else ids
 
-    def _ids(self, text: str, sampling: dict) -> Iterator[int]:
+    def _ids(self, text: str, segment: Callable[..., list[int]]) -> Iterator[int]:
+        """segment: (processor, part of the text) -> ids."""
         for index, part in enumerate(self._split(text)):
             if isinstance(part, int):
                 yield part
             elif part:
                 prefixed = self._prefix_always or index == 0
                 processor = self._processor if prefixed else self._unprefixed
-                yield from processor.encode(part, **sampling)
+                yield from segment(processor, part)
+
+    @functools.cached_property
+    def _sampler(self) -> SegmentationSampler:
+        return SegmentationSampler(self.model)
 
     @functools.cached_property
     def _unprefixed(self) -> sentencepiece.SentencePieceProcessor:
@@ -257,6 +255,10 @@ def load_sentencepiece(path: Path) -> SentencePieceTokenizer:
         return SentencePieceTokenizer(path.read_bytes(), config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _most_likely(processor: sentencepiece.SentencePieceProcessor, part: str) -> list[int]:
+    return processor.encode(part)
 
 
 def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:

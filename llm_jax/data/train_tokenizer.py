@@ -48,7 +48,7 @@ def train_sentencepiece(
 
     texts: cut at line ends; empty lines are left out.
     vocab_size: wanted; a text too small for it gives fewer (logged), never more.
-    model_type: "unigram", which `encode_sampled` suits best, or "bpe".
+    model_type: "unigram", which `encode_sampled` needs, or "bpe".
     character_coverage: share of all characters in the text that become pieces; 1.0 keeps all.
     normalization: Unicode normalisation by sentencepiece's rule of that name. With anything but
         "identity" spaces are cleaned too, and tokenizer.json is written only if it is exact.

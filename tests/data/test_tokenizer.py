@@ -6,9 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 import sentencepiece
 import tokenizers
 import transformers
@@ -52,6 +55,13 @@ def trained(request, tmp_path_factory):
         CORPUS, directory, vocab_size=400, model_type=request.param, control_symbols=["<|im_end|>"]
     )
     return tokenizer, directory
+
+
+@pytest.fixture(scope="module")
+def unigram(tmp_path_factory):
+    """A tiny unigram tokenizer and its directory."""
+    directory = tmp_path_factory.mktemp("sampled")
+    return train_sentencepiece(CORPUS, directory, vocab_size=400), directory
 
 
 @pytest.fixture(scope="module")
@@ -267,13 +277,43 @@ def test_normalizing_tokenizer_is_exported_only_if_exact(tmp_path):
     assert_same_ids(load_tokenizer(tmp_path), tokenizer.encode)
 
 
-def test_sampled_segmentations(trained):
-    tokenizer, _ = trained
-    text = "The shells she sells are sea shells. 我喜欢编程。"
+def test_sampled_segmentations(unigram):
+    tokenizer, directory = unigram
+    text = "The shells she sells are sea shells. 我喜欢编程。龘🙂"
     draws = [tokenizer.encode_sampled(text, alpha=0.3, seed=seed) for seed in range(20)]
-    assert draws == [tokenizer.encode_sampled(text, alpha=0.3, seed=seed) for seed in range(20)]
     assert len(set(map(tuple, draws))) > 5
     assert {tokenizer.decode(draw) for draw in draws} == {text}
+    # greatly sharpened, it is the likeliest segmentation, which sentencepiece finds
+    assert tokenizer.encode_sampled(text, alpha=100.0, seed=0) == tokenizer.encode(text)
+
+    code = (
+        "import sys; from llm_jax.data.tokenizer import load_tokenizer; t = load_tokenizer(sys.argv[1]);"
+        "print([t.encode_sampled(sys.argv[2], alpha=0.3, seed=seed) for seed in range(20)])"
+    )
+    model = str(directory / "tokenizer.model")
+    command = [sys.executable, "-c", code, model, text]
+    assert subprocess.check_output(command, text=True).strip() == str(draws)  # in another process too
+
+
+def test_sampled_segmentations_are_distributed_as_those_of_sentencepiece(unigram):
+    tokenizer, directory = unigram
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+    count, text, options = 4000, "she sells", {"alpha": 0.4, "add_special_tokens": False}
+    ours = Counter(tuple(tokenizer.encode_sampled(text, seed=i, **options)) for i in range(count))
+    sampling = {"enable_sampling": True, "alpha": 0.4, "nbest_size": -1}
+    theirs = Counter(tuple(reference.encode(text, **sampling)) for _ in range(count))
+    common = [key for key in ours | theirs if ours[key] + theirs[key] >= 20]
+    assert len(common) > 5
+    table = [[side[key] for key in common] for side in (ours, theirs)]
+    for row in table:
+        row.append(count - sum(row))  # all rare segmentations together
+    assert scipy.stats.chi2_contingency(np.array(table)).pvalue > 1e-3
+
+
+def test_only_unigram_models_sample_segmentations(tmp_path):
+    tokenizer = train_sentencepiece(CORPUS, tmp_path, vocab_size=400, model_type="bpe")
+    with pytest.raises(ValueError, match="bpe model: only unigram"):
+        tokenizer.encode_sampled("she", alpha=0.1, seed=0)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert-base-uncased", "deepseek-r1", "llama2"])
