@@ -1,15 +1,23 @@
-"""Chinese sentences in three classes (积极, 消极, 中性): a small transformer encoder from scratch.
+"""Sentiment of Chinese texts: a small transformer encoder from scratch.
 
     python scripts/train.py --config=configs/sentiment.py --workdir=runs/sentiment
     python scripts/classify.py --checkpoint=runs/sentiment --text="我是一个热爱编程的程序员。"
 
-Any TSV, CSV or JSONL with the columns `text` and `label`, in any number of classes:
+Any TSV, CSV or JSONL with the columns `text` and `label`, in any number of classes, a tenth of which
+is held out; or a folder with a train.tsv and a dev.tsv:
 
     python scripts/train.py --config=configs/sentiment.py --workdir=runs/mine --config.data=mine.tsv
 
-The bundled data (configs/data/sentiment_zh) make 286 steps. Figures: docs/results.md.
+Settings for two larger sets, which are not part of this repository: they are looked for in data/ of the
+folder that the environment variable LLM_JAX_SHARED names, ../shared if unset.
+
+    --config=configs/sentiment.py:weibo          posts in three classes (SMP2020-EWECT)
+    --config=configs/sentiment.py:chnsenticorp   reviews in two classes (ChnSentiCorp)
+
+Figures: docs/results.md.
 """
 
+import os
 from pathlib import Path
 
 from llm_jax.config import (
@@ -17,55 +25,99 @@ from llm_jax.config import (
     ModelConfig,
     OptimConfig,
     TrainConfig,
+    nearest,
     to_config_dict,
 )
 
-DATA = Path(__file__).parent / "data" / "sentiment_zh"
+OWN = Path(__file__).resolve().parent / "data"
+SHARED = Path(os.environ.get("LLM_JAX_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
 
 
-def get_config():
-    """The settings; the labels and the true vocabulary size come from the data."""
-    return to_config_dict(
-        ClassificationConfig(
-            data=str(DATA / "train.tsv"),
-            eval_data=str(DATA / "dev.tsv"),
-            max_tokens=128,
-            label_smoothing=0.1,
-            subword_alpha=0.2,
-            model=ModelConfig(
-                family="bert",
-                head="classifier",
-                pooling="mean",
-                causal=False,
-                num_classes=3,
-                vocab_size=3000,
-                num_layers=2,
-                embed_dim=128,
-                num_heads=4,
-                num_kv_heads=4,
-                head_dim=32,
-                mlp_dim=256,
-                max_positions=128,
-                positions="learned",
-                norm="layer",
-                norm_eps=1e-5,
-                norm_position="post",
-                embed_norm=True,
-                token_types=2,
-                activation="gelu",
-                gated_mlp=False,
-                qkv_bias=True,
-                out_bias=True,
-                mlp_bias=True,
-                dropout=0.3,
-            ),
-            optim=OptimConfig(
-                learning_rate=1e-3,
-                warmup_fraction=0.1,
-                weight_decay=0.05,
-                b2=0.98,
-                ema_decay=0.98,
-            ),
-            train=TrainConfig(batch_size=32, epochs=8.0, log_every=20, eval_every=72),
+def get_config(name="bundled"):
+    """The settings for a data set; the labels and the true vocabulary size come from the data."""
+    if name not in SETTINGS:
+        raise ValueError(
+            f"sentiment.py:{name}: expected one of {tuple(SETTINGS)}{nearest(name, SETTINGS)}"
         )
+    folder, settings = SETTINGS[name]
+    return to_config_dict(
+        ClassificationConfig(data=str(folder), max_tokens=128, label_smoothing=0.1, **settings)
     )
+
+
+def encoder(vocab_size, num_layers, embed_dim, dropout):
+    """A BERT-type classifier over the mean of its hidden states."""
+    heads = embed_dim // 32
+    return ModelConfig(
+        family="bert",
+        head="classifier",
+        pooling="mean",
+        causal=False,
+        num_classes=3,
+        vocab_size=vocab_size,
+        num_layers=num_layers,
+        embed_dim=embed_dim,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=32,
+        mlp_dim=2 * embed_dim,
+        max_positions=128,
+        positions="learned",
+        norm="layer",
+        norm_eps=1e-5,
+        norm_position="post",
+        embed_norm=True,
+        token_types=2,
+        activation="gelu",
+        gated_mlp=False,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        dropout=dropout,
+    )
+
+
+def adamw(learning_rate, ema_decay):
+    """AdamW, and the moving average of the parameters that is evaluated and kept."""
+    return OptimConfig(
+        learning_rate=learning_rate,
+        warmup_fraction=0.1,
+        weight_decay=0.05,
+        b2=0.98,
+        ema_decay=ema_decay,
+    )
+
+
+SETTINGS = {  # name: (folder, settings)
+    "bundled": (
+        OWN / "sentiment_zh",
+        {
+            "subword_alpha": 0.2,
+            "model": encoder(vocab_size=3000, num_layers=2, embed_dim=128, dropout=0.3),
+            "optim": adamw(learning_rate=1e-3, ema_decay=0.98),
+            "train": TrainConfig(batch_size=32, epochs=8.0, log_every=20, eval_every=72),
+        },
+    ),
+    "weibo": (
+        SHARED / "sentiment3_zh_weibo",
+        {
+            "label_field": "label_zh",
+            "balance_classes": True,  # half of the posts are negative; macro-F1 counts classes
+            "subword_alpha": 0.2,
+            "token_dropout": 0.15,
+            "model": encoder(vocab_size=8000, num_layers=1, embed_dim=96, dropout=0.3),
+            "optim": adamw(learning_rate=2e-3, ema_decay=0.995),
+            "train": TrainConfig(batch_size=128, epochs=5.0, log_every=50, eval_every=247),
+        },
+    ),
+    "chnsenticorp": (
+        SHARED / "sentiment2_zh_chnsenticorp",
+        {
+            "subword_alpha": 0.2,
+            "token_dropout": 0.15,
+            "model": encoder(vocab_size=8000, num_layers=1, embed_dim=96, dropout=0.3),
+            "optim": adamw(learning_rate=1.5e-3, ema_decay=0.99),
+            "train": TrainConfig(batch_size=64, epochs=8.0, log_every=50, eval_every=118),
+        },
+    ),
+}

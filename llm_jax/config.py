@@ -10,14 +10,12 @@ import dataclasses
 import difflib
 import re
 import runpy
-import sys
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
-from absl import app
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,15 +315,18 @@ class ClassificationConfig:
     `model.num_classes`, come from the data.
     """
 
-    data: str  # TSV, CSV or JSONL with a text and a label in each row
+    # TSV, CSV or JSONL with a text and a label in each row; a folder: its train.* and dev.* of that kind
+    data: str
     model: ModelConfig
     optim: OptimConfig
     train: TrainConfig
     task: str = "classification"
-    eval_data: str = ""  # "" = hold out `eval_fraction` of `data`
+    eval_data: str = ""  # "" = the folder's dev.*, or `eval_fraction` of the file, held out
     eval_fraction: float = 0.1
+    text_field: str = "text"
+    label_field: str = "label"
     tokenizer: str = ""  # a tokenizer to use; "" = train one on the training text
-    character_coverage: float = 0.995  # of the training text by tokens of its own; the rest is bytes
+    character_coverage: float = 0.9995  # of the training text by tokens of its own; the rest is bytes
     max_tokens: int = 128  # longer texts are cut
     label_smoothing: float = 0.0
     balance_classes: bool = False  # weigh each class by the inverse of its frequency
@@ -394,22 +395,6 @@ class LanguageModelConfig:
             )
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """absl's flag parsing for `app.run(main, flags_parser=parse_flags)`.
-
-    An override `--config.a.b=v` of a setting that the config does not have ends the program with
-    one line on standard error that names the nearest one, where ml_collections shows a traceback.
-    """
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError):
-        problem = unknown_override(argv)
-        if problem is None:
-            raise
-        print(problem, file=sys.stderr)
-        sys.exit(2)
-
-
 def unknown_override(argv: typing.Iterable[str]) -> str | None:
     """What is wrong with the first `--config.a.b` in argv that the `--config` file does not have."""
     argv = list(argv)
@@ -417,7 +402,8 @@ def unknown_override(argv: typing.Iterable[str]) -> str | None:
     path = re.search(r"(?:^|\s)--?config[= ](\S+)", text)
     if path is None:
         return None
-    config = runpy.run_path(path[1])["get_config"]()
+    file, _, argument = path[1].partition(":")  # --config=FILE:ARGUMENT calls get_config(ARGUMENT)
+    config = runpy.run_path(file)["get_config"](*([argument] if argument else []))
     for name in re.findall(r"(?:^|\s)--?(?:no)?config\.([\w.]+)", text):
         node = config
         for key in name.split("."):

@@ -9,25 +9,20 @@ prompt tokens per second to the first token. bandwidth: what part of the machine
 decode step of one row reaches. --json prints {case, ours, peer, ratio, unit} a line.
 """
 
-import dataclasses
+import functools
 import json
-import tempfile
-import time
 
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 
-from llm_jax import SamplingParams
+from llm_jax import SamplingParams, cli
 from llm_jax.bench.cost import decode_bytes, read_bandwidth
+from llm_jax.bench.peers import SHAPES, generate_seconds, random_model, same_weights
 from llm_jax.bench.timing import interleaved
-from llm_jax.checkpoint.hf import load_config, load_hf
-from llm_jax.infer.llm import LLM
-from llm_jax.models import describe
-from llm_jax.sharding import make_mesh
 
 CASE = flags.DEFINE_enum("case", "decode", ["decode", "prefill", "bandwidth"], "What to measure.")
 PEER = flags.DEFINE_enum("peer", "transformers", ["transformers"], "Whom to compare with.")
-SHAPE = flags.DEFINE_enum("shape", "gpt2", ["gpt2", "llama160m"], "124M GPT-2 or 160M Llama.")
+SHAPE = flags.DEFINE_enum("shape", "gpt2", SHAPES, "124M GPT-2 or 160M Llama.")
 BATCH = flags.DEFINE_list("batch", ["1"], "Rows; several may be given.")
 PROMPT = flags.DEFINE_integer("prompt_tokens", None, "Prompt length; default 32, prefill 512.")
 NEW = flags.DEFINE_integer("new_tokens", 64, "Tokens to decode.", lower_bound=2)
@@ -35,45 +30,8 @@ REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds; the medians are reported."
 JSON = flags.DEFINE_bool("json", False, "One JSON object a line on stdout, nothing else.")
 
 
-def peer_model(shape):
-    """A transformers model with random weights."""
-    import transformers  # here only: the peer is a test dependency
-
-    if shape == "gpt2":
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
-    width = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-    config = transformers.LlamaConfig(vocab_size=32000, num_hidden_layers=12, **width)
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def our_model(peer) -> LLM:
-    """The same weights in ours, by way of a directory."""
-    with tempfile.TemporaryDirectory() as directory:
-        peer.save_pretrained(directory)
-        config = dataclasses.replace(load_config(directory), param_dtype="float32")
-        model, mesh = describe(dataclasses.replace(config, compute_dtype="float32")), make_mesh("")
-        return LLM.from_params(model, load_hf(directory, model, mesh), None, mesh=mesh)
-
-
-def peer_seconds(peer, ids, new_tokens) -> float:
-    """Seconds of one greedy `generate` call."""
-    import torch
-
-    with torch.no_grad():
-        start = time.perf_counter()
-        peer.generate(
-            torch.tensor(ids),
-            attention_mask=torch.ones(ids.shape, dtype=torch.long),
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        return time.perf_counter() - start
-
-
-def measure(case, llm, peer, batch, prompt_tokens, new_tokens):
-    """Medians of both, in tokens per second."""
+def measure(case, llm, peer_seconds, batch, prompt_tokens, new_tokens):
+    """Medians of both, in tokens per second; peer_seconds(prompts, new tokens) times the peer."""
     ids = np.random.default_rng(0).integers(5, 30000, (batch, prompt_tokens))
     new = 1 if case == "prefill" else new_tokens
     request = SamplingParams(max_new_tokens=new, temperature=0, ignore_eos=True)
@@ -87,10 +45,10 @@ def measure(case, llm, peer, batch, prompt_tokens, new_tokens):
         )
 
     def theirs():
-        first = peer_seconds(peer, ids, 1)
+        first = peer_seconds(ids, 1)
         if case == "prefill":
             return batch * prompt_tokens / first
-        return batch * (new - 1) / (peer_seconds(peer, ids, new) - first)
+        return batch * (new - 1) / (peer_seconds(ids, new) - first)
 
     return interleaved({"ours": ours, "peer": theirs}, REPEATS.value)
 
@@ -108,22 +66,26 @@ def report(case, ours, peer, unit):
 
 
 def main(argv):
-    logging.set_verbosity(logging.WARNING)
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    peer = peer_model(SHAPE.value)
-    llm = our_model(peer)
+    try:  # here, so that --help needs neither
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ValueError(f'{error}; pip install "llm_jax[test]" (torch, transformers)') from error
+    peer = random_model(transformers, SHAPE.value)
+    llm, peer_seconds = same_weights(peer), functools.partial(generate_seconds, torch, peer)
     prompt_tokens = PROMPT.value or (512 if CASE.value == "prefill" else 32)
     if CASE.value == "bandwidth":
-        speeds = measure("decode", llm, peer, 1, prompt_tokens, NEW.value)
+        speeds = measure("decode", llm, peer_seconds, 1, prompt_tokens, NEW.value)
         needed = decode_bytes(llm.model, 1, prompt_tokens + NEW.value // 2)
         machine = read_bandwidth() / 1e9
         report(f"bandwidth/{SHAPE.value}/batch1", needed * speeds["ours"] / 1e9, machine, "GB/s")
         return
     for batch in map(int, BATCH.value):
-        speeds = measure(CASE.value, llm, peer, batch, prompt_tokens, NEW.value)
+        speeds = measure(CASE.value, llm, peer_seconds, batch, prompt_tokens, NEW.value)
         report(f"{CASE.value}/{SHAPE.value}/batch{batch}", speeds["ours"], speeds["peer"], "tokens/s")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -12,8 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 
+from llm_jax import cli
 from llm_jax.data.sources import read_texts
 from llm_jax.infer.classify import Classified, TextClassifier
 from llm_jax.sharding import make_mesh
@@ -51,16 +52,9 @@ def readable(result: Classified) -> str:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; texts are given as --text=TEXT")
-    logging.set_verbosity(logging.WARNING)
-    asked = texts()
-    try:
-        classifier = TextClassifier.load(
-            _CHECKPOINT.value, make_mesh(_MESH.value), batch_size=_BATCH.value
-        )
-        results = classifier.classify(asked)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"classify.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    asked, mesh = texts(), make_mesh(_MESH.value)
+    classifier = TextClassifier.load(_CHECKPOINT.value, mesh, batch_size=_BATCH.value)
+    results = classifier.classify(asked)
     as_json = bool(_JSON.value or _INPUT.value or _OUTPUT.value)
     lines = [json.dumps(dataclasses.asdict(r), ensure_ascii=False) for r in results]
     out = "\n".join(lines if as_json else map(readable, results)) + "\n"
@@ -72,4 +66,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

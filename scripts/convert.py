@@ -8,8 +8,9 @@ of the parameters is taken where the run kept one.
 
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 
+from llm_jax import cli
 from llm_jax.checkpoint.hf import export_hf
 from llm_jax.checkpoint.workdir import load_trained
 from llm_jax.data.tokenizer import load_tokenizer
@@ -35,7 +36,6 @@ def generation_config(tokenizer: Tokenizer) -> dict[str, int | bool]:
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
-    logging.set_verbosity(logging.WARNING)
     trained = load_trained(WORKDIR.value, make_mesh(""), param_dtype=DTYPE.value)
     tokenizer = load_tokenizer(trained.tokenizer)
     generates = trained.model.config.head == "lm"
@@ -50,4 +50,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

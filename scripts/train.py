@@ -14,17 +14,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
+from llm_jax import cli
 from llm_jax.checkpoint.workdir import begin_run
-from llm_jax.config import (
-    ClassificationConfig,
-    LanguageModelConfig,
-    from_dict,
-    nearest,
-    parse_flags,
-)
+from llm_jax.config import ClassificationConfig, LanguageModelConfig, from_dict, nearest
 from llm_jax.eval.metrics import classification_report
 from llm_jax.eval.plots import plot_confusion, plot_loss
 from llm_jax.sharding import make_mesh
@@ -72,7 +67,6 @@ TASKS = {"classification": classify, "lm": language, "documents_mlp": documents}
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; settings are --config.name=value")
-    logging.set_verbosity(logging.WARNING)
     settings = CONFIG.value.to_dict()
     task = settings.get("task")
     if task not in TASKS:
@@ -93,4 +87,4 @@ def show(record):
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    cli.run(main)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from absl import app, flags
 
+from llm_jax import cli
 from llm_jax.data.train_tokenizer import MODEL_TYPES, NORMALIZATIONS, train_sentencepiece
 
 _INPUT = flags.DEFINE_list("input", None, "Files: .txt (lines), .tsv, .csv, .jsonl.", required=True)
@@ -55,10 +56,7 @@ def read_texts(path: Path, field: str) -> Iterator[str]:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-    try:
-        report = train()
-    except (ValueError, OSError) as error:
-        sys.exit(str(error))
+    report = train()
     if _JSON.value:
         print(json.dumps(report, ensure_ascii=False))
     else:
@@ -91,4 +89,4 @@ def train() -> dict[str, str | int | float | bool]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -13,6 +13,7 @@ RUN_ROOMS = MODEL_ROOMS | {"checkpoint", "data"}
 ENGINE_ROOMS = RUN_ROOMS | {"train", "infer", "engine"}
 BELOW = {  # room: the rooms it may import besides itself
     "config": set(),
+    "cli": {"config"},  # for scripts alone
     "sharding": {"config"},
     "tree": {"config", "sharding"},
     "kernels": set(),  # jax only, so that they can be lifted out

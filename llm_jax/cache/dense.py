@@ -126,6 +126,15 @@ def init_dense(
     per_layer: one array per layer instead of a stack, for unrolled layers (see `tree.PerLayer`).
     Raises ValueError when windowed layers differ in their window.
     """
+    abstract = abstract_dense(config, batch, size, mesh, per_layer=per_layer)
+    zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract)  # noqa: E731
+    return jax.jit(zeros, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
+
+
+def abstract_dense(
+    config: ModelConfig, batch: int, size: int, mesh: Mesh, *, per_layer: bool = False
+) -> DenseCache:
+    """Shapes, dtypes and shardings of what `init_dense` allocates, for compiling ahead of time."""
     sizes = {w for w in config.layer_windows if w}
     if len(sizes) > 1:
         raise ValueError(f"windows={config.windows}: window layers must share one size in a cache")
@@ -152,8 +161,8 @@ def init_dense(
         windows=windows,
     )
     where = shardings(jax.tree.map(_axes, abstract), abstract, mesh, COMPUTE)
-    zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract)  # noqa: E731
-    return jax.jit(zeros, out_shardings=where)()
+    place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, abstract, where)
 
 
 def constrain(cache: DenseCache) -> DenseCache:

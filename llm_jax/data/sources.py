@@ -80,6 +80,18 @@ def read_labelled(
     return texts, np.array([index[name] for name in names], np.int32), labels
 
 
+def find_table(folder: Path, stem: str) -> Path:
+    """The one JSONL, TSV or CSV file of that stem in a folder; ValueError unless there is just one."""
+    found = [folder / f"{stem}{suffix}" for suffix in _READERS if (folder / f"{stem}{suffix}").is_file()]
+    if len(found) != 1:
+        names = " or ".join(f"{stem}{suffix}" for suffix in _READERS)
+        raise ValueError(
+            f"{folder}: expected one of {names}, found {[path.name for path in found] or 'none'}; "
+            "or name a file instead of the folder"
+        )
+    return found[0]
+
+
 def read_records(path: str | Path) -> Iterator[Record]:
     """(line, {field: value}) of each record of a JSONL, TSV or CSV file; table values are strings."""
     path = Path(path)

@@ -29,7 +29,7 @@ from jax.sharding import Mesh
 
 from llm_jax.cache import DenseCache, init_dense
 from llm_jax.cache.dense import constrain
-from llm_jax.infer.generate import CACHE_STEP, Compiled, Timing, _pad_prompts, check_lengths
+from llm_jax.infer.generate import CACHE_STEP, Compiled, Timing, check_lengths, pad_prompts
 from llm_jax.infer.steps import make_forward, make_prefill
 from llm_jax.models import Model, Params
 from llm_jax.ops.sampling import SamplingFeatures, SamplingParams, SamplingState, pack, process_logits
@@ -59,15 +59,19 @@ class BeamOptions:
     early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self):
-        if self.num_beams < 1:
-            raise ValueError(f"num_beams={self.num_beams}: expected at least 1 (greedy search)")
+        if not isinstance(self.num_beams, int) or self.num_beams < 1:
+            raise ValueError(
+                f"num_beams={self.num_beams!r}: expected an integer of at least 1 (greedy search)"
+            )
         if not 1 <= self.num_return <= self.num_beams:
             raise ValueError(
                 f"num_return={self.num_return}: expected 1 to num_beams={self.num_beams}; "
                 "widen the search for more"
             )
-        if not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty={self.length_penalty}: expected a finite number; 0 is off")
+        if not isinstance(self.length_penalty, int | float) or not math.isfinite(self.length_penalty):
+            raise ValueError(
+                f"length_penalty={self.length_penalty!r}: expected a finite number; 0 is off"
+            )
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f"early_stopping={self.early_stopping!r}: expected True, False or 'never'")
 
@@ -273,7 +277,7 @@ def beam_search(
     with jax.set_mesh(mesh):
         put = lambda x: jax.device_put(x, batch_sharding(mesh, x.shape))  # noqa: E731
         whole = lambda x: jax.device_put(x, replicated(mesh))  # noqa: E731
-        tokens, lengths = _pad_prompts(prompts, data_shards(mesh), 1)
+        tokens, lengths = pad_prompts(prompts, data_shards(mesh))
         state, features = _first_state(model, prompts, sampling, stop_ids, len(lengths), options)
         state = jax.tree.map(lambda x: put(x) if x.ndim else whole(x), state)
         penalty = whole(np.float32(options.length_penalty))

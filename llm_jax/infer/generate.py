@@ -70,6 +70,17 @@ def prompt_bucket(length: int) -> int:
     return middle if power > MIN_BUCKET and length <= middle else power
 
 
+def pad_prompts(prompts: Sequence[Sequence[int]], multiple: int) -> tuple[np.ndarray, np.ndarray]:
+    """Right-padded tokens [B, T] and lengths [B], int32; T is a bucket, B the next multiple."""
+    batch = -(-len(prompts) // multiple) * multiple
+    tokens = np.zeros((batch, prompt_bucket(max(map(len, prompts)))), np.int32)
+    lengths = np.ones(batch, np.int32)
+    for i, prompt in enumerate(prompts):
+        tokens[i, : len(prompt)] = prompt
+        lengths[i] = len(prompt)
+    return tokens, lengths
+
+
 class Compiled:
     """Jitted functions compiled ahead for the shapes they meet, so that compiling is timed apart."""
 
@@ -130,7 +141,7 @@ def generate(
     per_layer = is_per_layer(next(iter(jax.tree.leaves(params["layers"], is_leaf=is_per_layer))))
     finished: set[int] = set()
     with jax.set_mesh(mesh):
-        tokens, lengths = _pad_prompts(prompts, data_shards(mesh), n)
+        tokens, lengths = pad_prompts(prompts, data_shards(mesh))
         state, features = _first_state(
             model, prompts, sampling, stop_ids, rows, len(lengths) * n, default_seed
         )
@@ -226,17 +237,6 @@ def _fetch(ticks: Ticks, rows: int, finished: set[int]) -> tuple[Chunk, np.ndarr
     keep = lambda x: None if x is None else x[: int(host.count), :rows]  # noqa: E731
     parts = map(keep, (host.tokens, host.logprob, host.top_ids, host.top_logprobs))
     return Chunk(*parts, finished), host.done
-
-
-def _pad_prompts(prompts, multiple: int, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Right-padded tokens [B, T] and lengths [B]; B is a multiple of the data shards."""
-    batch = -(-len(prompts) // multiple) * multiple
-    tokens = np.zeros((batch, prompt_bucket(max(map(len, prompts)))), np.int32)
-    lengths = np.ones(batch, np.int32)
-    for i, prompt in enumerate(prompts):
-        tokens[i, : len(prompt)] = prompt
-        lengths[i] = len(prompt)
-    return tokens, lengths
 
 
 def _first_state(model, prompts, sampling, stop_ids, rows, padded, default_seed):

@@ -30,6 +30,11 @@ from llm_jax.sharding import make_mesh
 from llm_jax.tree import unstack
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "assets" / "demo_lm"
+# Our name of each setting of generation_config.json, and its name there.
+_EVERY_TEXT = {n: n for n in ("max_new_tokens", "min_new_tokens", "repetition_penalty")}
+_SAMPLED = {n: n for n in ("temperature", "top_k", "top_p", "min_p")} | {"n": "num_return_sequences"}
+_SEARCH = {n: n for n in ("num_beams", "length_penalty", "early_stopping")}
+_SEARCH |= {"num_return": "num_return_sequences"}
 
 
 @dataclasses.dataclass
@@ -135,14 +140,31 @@ class LLM:
 
     def default_sampling(self, **changes: Any) -> SamplingParams:
         """What the model's generation_config.json asks for, with changes; greedy if it says nothing."""
-        wanted = self.generation_config
-        names = ("top_k", "top_p", "min_p") if wanted.get("do_sample") else ()
-        values = {n: wanted[n] for n in (*names, "repetition_penalty") if wanted.get(n) is not None}
-        values["temperature"] = wanted.get("temperature") or 1.0 if wanted.get("do_sample") else 0.0
-        for ours, theirs in (("max_new_tokens",) * 2, ("min_new_tokens",) * 2):
-            if wanted.get(theirs) is not None:
-                values[ours] = wanted[theirs]
-        return SamplingParams(**(values | {k: v for k, v in changes.items() if v is not None}))
+        changes = {name: value for name, value in changes.items() if value is not None}
+        sampled = self.generation_config.get("do_sample") and changes.get("temperature") != 0
+        values = {"temperature": 1.0} | self._settings(_SAMPLED) if sampled else {"temperature": 0.0}
+        return SamplingParams(**(values | self._settings(_EVERY_TEXT) | changes))
+
+    def default_search(self, **changes: Any) -> BeamOptions:
+        """The beam search that the model's generation_config.json asks for, with changes; else one beam.
+
+        Raises ValueError when it asks for beams that are sampled, unless num_beams is among the changes.
+        """
+        changes = {name: value for name, value in changes.items() if value is not None}
+        values = {"num_beams": 1} | self._settings(_SEARCH)
+        sampled = self.generation_config.get("do_sample") and values["num_beams"] != 1
+        if sampled and "num_beams" not in changes:
+            raise ValueError(
+                f"generation_config.json asks for beam sampling (num_beams={values['num_beams']} and "
+                "do_sample=true), which is not supported; set num_beams=1 to sample, or num_beams and "
+                "temperature=0 to search"
+            )
+        return BeamOptions(**(values | changes))
+
+    def _settings(self, names: dict[str, str]) -> dict[str, Any]:
+        """Those of generation_config.json, under our names."""
+        given = self.generation_config
+        return {ours: given[theirs] for ours, theirs in names.items() if given.get(theirs) is not None}
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -176,7 +198,8 @@ class LLM:
     ) -> list[Output]:
         """Continuations of texts, chats or id lists, in order; n for each prompt.
 
-        on_text(output index, text) is called with every new piece of text as it streams.
+        Without `sampling`, `default_sampling` decides; for the beams of a generation_config.json see
+        `beam_search`. on_text(output index, text) is called with every new piece of text as it streams.
         Raises ValueError for prompts that cannot fit the model, naming the prompt.
         """
         if isinstance(prompts, str):
@@ -200,12 +223,15 @@ class LLM:
         prompts: Sequence[Any],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        num_beams: int,
-        length_penalty: float = 1.0,
-        early_stopping: bool | Literal["never"] = False,
-        num_return: int = 1,
+        num_beams: int | None = None,
+        length_penalty: float | None = None,
+        early_stopping: bool | Literal["never"] | None = None,
+        num_return: int | None = None,
     ) -> list[Output]:
         """The num_return best continuations of each prompt by beam search, best first, with scores.
+
+        What is not given is as `default_search` has it: one beam, one continuation, length_penalty 1 and
+        no early stopping, where generation_config.json says nothing.
 
         sampling gives the limits on length, stop ids, penalties and bias; what only sampling can use
         (a temperature, top_p, ...) is refused. See `BeamOptions` for the rest. A prompt has fewer
@@ -213,14 +239,19 @@ class LLM:
         """
         if isinstance(prompts, str):
             raise ValueError("prompts is a single string: expected a list of prompts")
-        options = BeamOptions(num_beams, num_return, length_penalty, early_stopping)
+        options = self.default_search(
+            num_beams=num_beams,
+            num_return=num_return,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+        )
         began, timing, outputs = time.perf_counter(), Timing(), []
         ids = [self.encode(p) for p in prompts]
         if sampling is None:
-            sampling = self.default_sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+            sampling = self.default_sampling(temperature=0.0)
         requests = self._requests(sampling, len(ids))
         check_searchable(requests)
-        for batch in self._batches([dataclasses.replace(r, n=num_beams) for r in requests]):
+        for batch in self._batches([dataclasses.replace(r, n=options.num_beams) for r in requests]):
             found = beam_search(
                 self.model,
                 self.params,
@@ -234,7 +265,7 @@ class LLM:
             )
             for row, i in enumerate(batch):
                 text = _text_of(prompts[i])
-                for sample in range(num_return):
+                for sample in range(options.num_return):
                     if found.scores[row, sample] > -math.inf:
                         output = Output(text, ids[i], sample)
                         outputs.append(self._fill(output, requests[i], found, row))

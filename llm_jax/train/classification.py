@@ -18,7 +18,7 @@ from llm_jax.config import ClassificationConfig
 from llm_jax.data.loader import ExampleLoader, Transform, to_device
 from llm_jax.data.packing import Batch, batches_by_length, length_buckets
 from llm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from llm_jax.data.sources import read_labelled
+from llm_jax.data.sources import find_table, read_labelled
 from llm_jax.data.tasks import Example, classification_examples, encode_within, split
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.data.train_tokenizer import train_sentencepiece
@@ -134,9 +134,14 @@ def eval_batches(examples: Sequence[Example], batch_size: int, buckets: Sequence
 
 def _read(config: ClassificationConfig):
     """((texts, labels), (held-out texts, labels), label names)."""
-    texts, gold, labels = read_labelled(config.data)
-    if config.eval_data:
-        eval_texts, eval_gold, _ = read_labelled(config.eval_data, labels=labels)
+    path, eval_path = Path(config.data), config.eval_data
+    if path.is_dir():
+        path, dev = find_table(path, "train"), find_table(path, "dev")
+        eval_path = eval_path or dev
+    fields = {"text_field": config.text_field, "label_field": config.label_field}
+    texts, gold, labels = read_labelled(path, **fields)
+    if eval_path:
+        eval_texts, eval_gold, _ = read_labelled(eval_path, labels=labels, **fields)
         return (texts, gold), (eval_texts, eval_gold), labels
     rows = list(zip(texts, gold.tolist(), strict=True))
     sides = split(rows, config.eval_fraction, config.train.seed, text=lambda row: row[0])
@@ -147,7 +152,12 @@ def _read(config: ClassificationConfig):
 def _tokenizer(config: ClassificationConfig, texts: Sequence[str], directory: Path) -> Tokenizer:
     """The tokenizer in `directory`, put there first where there is none: the given one, or a new one."""
     if not directory.is_dir() and not config.tokenizer:
-        return train_sentencepiece(texts, directory, vocab_size=config.model.vocab_size)
+        return train_sentencepiece(
+            texts,
+            directory,
+            vocab_size=config.model.vocab_size,
+            character_coverage=config.character_coverage,
+        )
     if not directory.is_dir():
         _load(Path(config.tokenizer)).save(directory)
     return _load(directory)

@@ -120,10 +120,12 @@ def _split_rows(x: jax.Array, parts: int) -> jax.Array:
 
 
 def _on_mesh(function: Callable, mesh: Mesh) -> Any:
-    """`function` called with `mesh` set, which is what activation constraints refer to."""
+    """`function`, called or lowered with `mesh` set, which is what activation constraints refer to."""
 
-    def call(*args):
+    def on_mesh(method, *args):
         with jax.set_mesh(mesh):
-            return function(*args)
+            return method(*args)
 
+    call = functools.partial(on_mesh, function)
+    call.lower = functools.partial(on_mesh, function.lower)
     return call

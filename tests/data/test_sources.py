@@ -145,6 +145,16 @@ def test_unknown_split_is_refused(write):
         sources.read_texts(write("a.txt", "x"), split="words")
 
 
+def test_a_folder_holds_one_table_of_a_name(write, tmp_path):
+    write("train.tsv", "text\tlabel\na\t1\n")
+    assert sources.find_table(tmp_path, "train") == tmp_path / "train.tsv"
+    with pytest.raises(ValueError, match=r"dev\.jsonl or dev\.tsv or dev\.csv, found none"):
+        sources.find_table(tmp_path, "dev")
+    write("train.csv", "text,label\na,1\n")
+    with pytest.raises(ValueError, match=r"found \['train.tsv', 'train.csv'\]"):
+        sources.find_table(tmp_path, "train")
+
+
 # Real data: counts are those of the folders' own READMEs
 
 

@@ -367,9 +367,9 @@ def test_training_script_reads_every_kind_of_file(tmp_path):
 def test_training_script_names_the_row_without_text(tmp_path):
     (tmp_path / "a.tsv").write_text("sentence\nhello\n")
     done = run_script(f"--input={tmp_path / 'a.tsv'}", f"--output={tmp_path / 'out'}")
-    assert done.returncode == 1 and not done.stdout
-    assert "a.tsv, row 1: no text in 'text'; it has ['sentence']" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith(f"train_tokenizer.py: {tmp_path / 'a.tsv'}, row 1: no text in 'text'")
+    assert "it has ['sentence']" in done.stderr and "Traceback" not in done.stderr
 
 
 # Conventions of the config files

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 from llm_jax import LLM, SamplingParams  # noqa: E402
 from llm_jax.cache import init_dense  # noqa: E402
-from llm_jax.checkpoint.hf import load_config, load_hf  # noqa: E402
+from llm_jax.checkpoint.hf import load_config, load_generation_config, load_hf  # noqa: E402
 from llm_jax.data.tokenizer import ByteTokenizer  # noqa: E402
 from llm_jax.infer.beam import _take_beams  # noqa: E402
 from llm_jax.models import describe  # noqa: E402
@@ -48,22 +48,20 @@ def models(name: str, mesh: str = "data:1"):
 
 
 def reference(model, prompts, *, num_beams, num_return, stop_ids, **options):
+    """(ids, score) of each hypothesis from transformers, which is told every setting."""
+    options = {"max_new_tokens": NEW} | options
+    options |= {"do_sample": False, "num_beams": num_beams, "num_return_sequences": num_return}
+    options |= {"eos_token_id": list(stop_ids) or None, "pad_token_id": 0}
+    return search(model, prompts, stop_ids, **options)
+
+
+def search(model, prompts, stop_ids, **options):
     """(ids, score) of each hypothesis from transformers: one batch, padded on the left."""
     size = max(map(len, prompts))
     tokens = torch.tensor([[0] * (size - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (size - len(p)) + [1] * len(p) for p in prompts])
-    out = model.generate(
-        tokens,
-        attention_mask=mask,
-        do_sample=False,
-        num_beams=num_beams,
-        num_return_sequences=num_return,
-        eos_token_id=list(stop_ids) or None,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        output_scores=True,
-        **{"max_new_tokens": NEW} | options,
-    )
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+    out = model.generate(tokens, attention_mask=mask, **options)
     sequences = out.sequences[:, size:].tolist()
     return [until(ids, stop_ids) for ids in sequences], out.sequences_scores.tolist()
 
@@ -92,6 +90,32 @@ def test_same_as_transformers(early_stopping):
         options["length_penalty"] = length_penalty
         outputs = ours.beam_search(PROMPTS, greedy(stop_ids=END), **options)
         check(outputs, reference(theirs, PROMPTS, stop_ids=END, **options))
+
+
+@pytest.mark.parametrize(
+    "early_stopping, length_penalty, changes",
+    [
+        (True, 2.5, {}),
+        ("never", -1.0, {}),
+        (True, 2.5, {"early_stopping": False, "length_penalty": 0.0}),
+    ],
+)
+def test_generation_config_decides(early_stopping, length_penalty, changes, tmp_path, monkeypatch):
+    """What a saved model asks for, but for what is given."""
+    ours, theirs = models("llama")
+    wanted = {
+        "num_beams": 3,
+        "num_return_sequences": 3,
+        "max_new_tokens": NEW,
+        "eos_token_id": list(END),
+    }
+    wanted |= {"early_stopping": early_stopping, "length_penalty": length_penalty, "pad_token_id": 0}
+    theirs.config.save_pretrained(tmp_path)
+    transformers.GenerationConfig(**wanted).save_pretrained(tmp_path)
+    monkeypatch.setattr(ours, "generation_config", load_generation_config(tmp_path))
+    settings = transformers.GenerationConfig.from_pretrained(tmp_path)
+    expected = search(theirs, PROMPTS, END, generation_config=settings, **changes)
+    check(ours.beam_search(PROMPTS, **changes), expected)
 
 
 @pytest.mark.parametrize("num_beams, num_return, stop_ids", [(2, 1, ()), (4, 2, (49,)), (6, 6, END)])
@@ -219,7 +243,8 @@ def test_reordering_stays_on_its_shard():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_beams": 0}, "num_beams=0: expected at least 1"),
+        ({"num_beams": 0}, "num_beams=0: expected an integer of at least 1"),
+        ({"num_beams": "4"}, "num_beams='4': expected an integer of at least 1"),
         ({"num_return": 4}, "num_return=4: expected 1 to num_beams=3"),
         ({"length_penalty": float("nan")}, "length_penalty=nan"),
         ({"early_stopping": "always"}, "early_stopping='always': expected True, False or 'never'"),

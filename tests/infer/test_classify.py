@@ -165,5 +165,5 @@ def test_script_writes_one_object_a_text(run, tmp_path):
 
 def test_script_says_what_to_do(tmp_path):
     done = script(f"--checkpoint={tmp_path}", "--text=好")
-    assert done.returncode != 0 and not done.stdout
+    assert done.returncode == 2 and not done.stdout
     assert "expected the --workdir of scripts/train.py" in done.stderr and "Traceback" not in done.stderr

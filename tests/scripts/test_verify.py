@@ -49,10 +49,12 @@ def test_difference_is_an_error(tmp_path):
     """Parameters that are off by a thousandth."""
     tiny.DECODERS["llama"].save(tmp_path)
     program = """
-        import sys, jax, verify
-        load = verify.load_hf
-        verify.load_hf = lambda *args: jax.tree.map(lambda p: p * 1.001, load(*args))
-        verify.app.run(verify.main)
+        import jax, verify
+        from llm_jax import cli
+        from llm_jax.eval import parity
+        load = parity.load_hf
+        parity.load_hf = lambda *args: jax.tree.map(lambda p: p * 1.001, load(*args))
+        cli.run(verify.main)
     """
     command = [sys.executable, "-c", textwrap.dedent(program), f"--model={tmp_path}"]
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"}

@@ -135,11 +135,23 @@ def test_classes_weigh_the_same_when_balanced():
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("sentiment", ClassificationConfig), ("demo_lm", LanguageModelConfig)]
+    ("name", "arguments", "kind"),
+    [
+        ("sentiment", [], ClassificationConfig),
+        ("sentiment", ["weibo"], ClassificationConfig),
+        ("sentiment", ["chnsenticorp"], ClassificationConfig),
+        ("demo_lm", [], LanguageModelConfig),
+    ],
 )
-def test_configs_are_whole(name, kind):
-    settings = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]().to_dict()
-    assert isinstance(from_dict(kind, settings), kind)
+def test_configs_are_whole(name, arguments, kind):
+    get_config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]
+    assert isinstance(from_dict(kind, get_config(*arguments).to_dict()), kind)
+
+
+def test_an_unknown_data_set_is_told_the_nearest_name():
+    get_config = runpy.run_path(str(CONFIGS / "sentiment.py"))["get_config"]
+    with pytest.raises(ValueError, match="did you mean weibo"):
+        get_config("webo")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""How every script starts: flags that suggest the nearest name, errors that read like advice."""
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+
+from llm_jax.config import unknown_override
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """`app.run(main)`, in which a ValueError or OSError ends the script with its message and status 2.
+
+    Such a message says what to do, so it stands alone on standard error, as `NAME.py: MESSAGE`; the
+    traceback comes above it with --verbosity=1. Other exceptions are bugs and keep their traceback.
+    Warnings and worse are logged, unless --verbosity says otherwise.
+    """
+    app.run(_advising(main), flags_parser=_advising(_parse_flags))
+
+
+def _advising(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
+    """`function`, whose ValueError or OSError ends the program as `run` says."""
+
+    @functools.wraps(function)
+    def call(argv: list[str]) -> Any:
+        try:
+            return function(argv)
+        except (ValueError, OSError) as error:
+            hint = " (--verbosity=1 shows the traceback)"
+            if int(flags.FLAGS["verbosity"].value or 0) >= logging.DEBUG:
+                traceback.print_exc()
+                hint = ""
+            print(f"{Path(sys.argv[0]).name}: {error}{hint}", file=sys.stderr)
+            sys.exit(2)
+
+    return call
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's flag parsing; ValueError naming the nearest setting for an unknown `--config.a.b=v`."""
+    try:
+        rest = app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:  # as ml_collections tells of an unknown setting
+        problem = unknown_override(argv)
+        if problem is None:
+            raise
+        raise ValueError(problem) from error
+    if flags.FLAGS["verbosity"].using_default_value:
+        flags.FLAGS.verbosity = logging.WARNING  # absl would take INFO
+    return rest

@@ -1,0 +1,109 @@
+"""Compile the prefill, decode and train steps for TPU chips that are not there.
+
+    python tests/tpu/compile_steps.py TOPOLOGY MESH        e.g. v5e:2x2 data:1,tensor:4
+
+libtpu compiles on any machine. Prints one JSON object per step: `step`, `argument_bytes` and
+`temp_bytes` (of one device), `collectives` (names in the final program).
+"""
+
+import dataclasses
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+from llm_jax.cache.dense import abstract_dense
+from llm_jax.config import ModelConfig, OptimConfig
+from llm_jax.infer.steps import DecodeState, make_decode, make_prefill
+from llm_jax.models import describe
+from llm_jax.ops.sampling import SamplingParams, pack
+from llm_jax.sharding import batch_sharding, make_mesh, replicated
+from llm_jax.train.objectives import lm_loss
+from llm_jax.train.optim import make_optimizer
+from llm_jax.train.state import abstract_state
+from llm_jax.train.step import make_train_step
+
+COLLECTIVE = r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+BATCH, PROMPT, CACHE = 8, 128, 256
+CONFIG = (
+    ModelConfig(  # of Gemma's type: every feature of attention, and a scan over two layers of each kind
+        family="gemma2",
+        vocab_size=1024,
+        num_layers=4,
+        embed_dim=256,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=128,
+        mlp_dim=512,
+        max_positions=1024,
+        windows=(128, 0, 128, 0),
+        attn_softcap=50.0,
+        final_softcap=30.0,
+        norm_position="sandwich",
+        tie_embeddings=True,
+        param_dtype="bfloat16",
+        compute_dtype="bfloat16",
+        cache_dtype="bfloat16",
+    )
+)
+
+
+def lowered(config: ModelConfig, mesh):
+    """(step, what to compile) of one model."""
+    model, whole = describe(config), replicated(mesh)
+    params = jax.tree.map(_placed, model.shapes, model.shardings(mesh))
+    cache = abstract_dense(model.config, BATCH, CACHE, mesh)
+    rows = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, shape))  # noqa: E731
+    with jax.set_mesh(mesh):
+        tokens, lengths = rows((BATCH, PROMPT)), rows((BATCH,))
+        yield "prefill", make_prefill(model).lower(params, cache, tokens, lengths)
+
+    ids = [[1, 2, 3]] * BATCH
+    packed, features = pack(
+        [SamplingParams(temperature=0.7, top_p=0.9, top_k=50)] * BATCH,
+        ids,
+        vocab_size=config.vocab_size,
+        sample_index=[0] * BATCH,
+        stop_ids=[[2]] * BATCH,
+        default_seed=0,
+    )
+    zeros = np.zeros(BATCH, np.int32)
+    state = DecodeState(zeros, zeros > 0, zeros, zeros[:, None], packed)
+    state = jax.tree.map(lambda x: _placed(x, batch_sharding(mesh, x.shape)), state)
+    steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    with jax.set_mesh(mesh):
+        yield "decode", make_decode(model, features, 8).lower(params, cache, state, steps)
+
+    master = describe(dataclasses.replace(config, param_dtype="float32"))
+    optimizer = make_optimizer(OptimConfig(learning_rate=1e-3), master, 100)
+    batch = {k: rows((BATCH, PROMPT)) for k in ("tokens", "targets", "segment_ids", "positions")}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    step = make_train_step(master, lm_loss, optimizer, mesh)
+    yield "train", step.lower(abstract_state(master, optimizer, mesh), batch, _placed(key, whole))
+
+
+def _placed(x, sharding):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def main(topology: str, shape: str) -> None:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    for step, program in lowered(CONFIG, make_mesh(shape, devices)):
+        compiled = program.compile()
+        memory = compiled.memory_analysis()
+        collectives = re.findall(COLLECTIVE, compiled.as_text())
+        record = {
+            "step": step,
+            "argument_bytes": memory.argument_size_in_bytes,
+            "temp_bytes": memory.temp_size_in_bytes,
+            "collectives": sorted(set(collectives)),
+        }
+        print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,45 @@
+"""libtpu compiles the steps of generation and training for every TPU generation, with no TPU here."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("compile_steps.py")
+ROOT = SCRIPT.parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "mesh"),
+    [
+        ("v4:2x2x1", "data:2,tensor:2"),
+        ("v5e:2x2", "tensor:4"),
+        ("v5p:2x2x1", "fsdp:4"),
+        ("v6e:2x2", "data:2,fsdp:2"),
+        ("tpu7x:2x2x1", "fsdp:2,tensor:4"),  # two devices a chip
+    ],
+)
+def test_steps_compile_for_every_generation(topology, mesh):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip('needs the libtpu of this jax: pip install "jax[tpu]"')
+    # A fresh process: libtpu reads its settings once and locks the machine's TPU, where there is one.
+    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "PYTHONPATH": str(ROOT)}
+    output = subprocess.run(
+        [sys.executable, SCRIPT, topology, mesh],
+        env=inherited | settings,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    found = {record["step"]: record for record in map(json.loads, output.splitlines())}
+    assert list(found) == ["prefill", "decode", "train"]
+    if "tensor" in mesh:  # the sums of attention and feed-forward outputs
+        assert all("all-reduce" in record["collectives"] for record in found.values())
+    if "fsdp" in mesh:  # parameters are brought together where they are used
+        assert all("all-gather" in record["collectives"] for record in found.values())
