@@ -6,6 +6,8 @@ backwards and sampling forwards. sentencepiece draws from the same distribution,
 from one seed differs from process to process (0.2.3), so a run could not be repeated.
 """
 
+import bisect
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -15,6 +17,7 @@ from llm_jax.data.sentencepiece_model import BYTE, NORMAL, UNKNOWN, USER_DEFINED
 
 UNKNOWN_PENALTY = 10.0  # below the rarest piece, as in sentencepiece
 USER_DEFINED_PENALTY = 0.1  # below a run of the commonest piece, which makes it all but certain
+_NO_PREFIX = (-1, 0.0)  # of a text that no piece begins with
 
 
 class SegmentationSampler:
@@ -39,21 +42,22 @@ class SegmentationSampler:
 
     def __call__(self, text: str, alpha: float, seed: int) -> list[int]:
         """Ids of one segmentation of the normalised `text`; the same for the same arguments."""
-        choices = [self._from(text, start) for start in range(len(text))]
         totals = [0.0] * (len(text) + 1)  # log of the weight of all segmentations of text[start:]
+        choices: list[tuple[list[tuple[int, int]], list[float]]] = [([], [])] * len(text)
         for start in reversed(range(len(text))):
-            weights = [alpha * score + totals[end] for end, _, score in choices[start]]
-            top = max(weights)
-            totals[start] = top + math.log(math.fsum(math.exp(weight - top) for weight in weights))
+            found = self._from(text, start)
+            logs = [alpha * score + totals[end] for end, _, score in found]
+            top = max(logs)
+            weights = [math.exp(log - top) for log in logs]
+            totals[start] = top + math.log(math.fsum(weights))
+            choices[start] = [(end, id_) for end, id_, _ in found], weights
         draws = np.random.default_rng(seed).random(len(text)).tolist()
-        ids, start = [], 0
+        ids: list[int] = []
+        start = 0
         while start < len(text):
-            left = draws[start]
-            end, id_ = start, self._unknown_id
-            for end, id_, score in choices[start]:  # noqa: B007, the loop leaves behind what it chose
-                left -= math.exp(alpha * score + totals[end] - totals[start])
-                if left < 0:
-                    break
+            found, weights = choices[start]
+            bounds = list(itertools.accumulate(weights))
+            end, id_ = found[bisect.bisect_right(bounds, draws[start] * bounds[-1], hi=len(bounds) - 1)]
             ids += self._spelled(text[start:end]) if id_ == self._unknown_id else [id_]
             start = end
         return ids
@@ -67,12 +71,12 @@ class SegmentationSampler:
         """(end, id, score) of every piece that text[start:] begins with, or its unknown character."""
         found = []
         for end in range(start + 1, len(text) + 1):
-            part = text[start:end]
-            if part not in self._pieces:
+            piece = self._pieces.get(text[start:end], _NO_PREFIX)
+            if piece is _NO_PREFIX:
                 break
-            if (piece := self._pieces[part]) is not None:
+            if piece is not None:
                 found.append((end, *piece))
-        if not any(end == start + 1 for end, *_ in found):
+        if not found or found[0][0] != start + 1:
             found.append((start + 1, self._unknown_id, self._unknown))
         return found
 
