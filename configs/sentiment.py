@@ -41,11 +41,11 @@ def get_config(name="bundled"):
         )
     folder, settings = SETTINGS[name]
     return to_config_dict(
-        ClassificationConfig(data=str(folder), max_tokens=128, label_smoothing=0.1, **settings)
+        ClassificationConfig(data=str(folder), label_smoothing=0.1, subword_alpha=0.2, **settings)
     )
 
 
-def encoder(vocab_size, num_layers, embed_dim, dropout):
+def encoder(vocab_size, num_layers, embed_dim, max_positions=128, dropout=0.3):
     """A BERT-type classifier over the mean of its hidden states."""
     heads = embed_dim // 32
     return ModelConfig(
@@ -61,7 +61,7 @@ def encoder(vocab_size, num_layers, embed_dim, dropout):
         num_kv_heads=heads,
         head_dim=32,
         mlp_dim=2 * embed_dim,
-        max_positions=128,
+        max_positions=max_positions,
         positions="learned",
         norm="layer",
         norm_eps=1e-5,
@@ -92,8 +92,7 @@ SETTINGS = {  # name: (folder, settings)
     "bundled": (
         OWN / "sentiment_zh",
         {
-            "subword_alpha": 0.2,
-            "model": encoder(vocab_size=3000, num_layers=2, embed_dim=128, dropout=0.3),
+            "model": encoder(vocab_size=3000, num_layers=2, embed_dim=128),
             "optim": adamw(learning_rate=1e-3, ema_decay=0.98),
             "train": TrainConfig(batch_size=32, epochs=8.0, log_every=20, eval_every=72),
         },
@@ -103,9 +102,8 @@ SETTINGS = {  # name: (folder, settings)
         {
             "label_field": "label_zh",
             "balance_classes": True,  # half of the posts are negative; macro-F1 counts classes
-            "subword_alpha": 0.2,
             "token_dropout": 0.15,
-            "model": encoder(vocab_size=8000, num_layers=1, embed_dim=96, dropout=0.3),
+            "model": encoder(vocab_size=8000, num_layers=1, embed_dim=96),
             "optim": adamw(learning_rate=2e-3, ema_decay=0.995),
             "train": TrainConfig(batch_size=128, epochs=5.0, log_every=50, eval_every=247),
         },
@@ -113,9 +111,9 @@ SETTINGS = {  # name: (folder, settings)
     "chnsenticorp": (
         SHARED / "sentiment2_zh_chnsenticorp",
         {
-            "subword_alpha": 0.2,
+            "max_tokens": 192,
             "token_dropout": 0.15,
-            "model": encoder(vocab_size=8000, num_layers=1, embed_dim=96, dropout=0.3),
+            "model": encoder(vocab_size=8000, num_layers=1, embed_dim=96, max_positions=256),
             "optim": adamw(learning_rate=1.5e-3, ema_decay=0.99),
             "train": TrainConfig(batch_size=64, epochs=8.0, log_every=50, eval_every=118),
         },
