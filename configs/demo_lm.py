@@ -62,6 +62,6 @@ def get_config():
                 weight_decay=0.1,
                 ema_decay=0.995,
             ),
-            train=TrainConfig(batch_size=4, steps=2400, log_every=40, eval_every=800, save_every=200),
+            train=TrainConfig(batch_size=4, steps=7000, log_every=100, eval_every=1000, save_every=500),
         )
     )
