@@ -95,7 +95,7 @@ class ModelConfig:
     final_softcap: float | None = None
     head: str = "lm"  # "lm" | "masked_lm" | "classifier" | "embedding"
     pooler: bool = False  # BERT's dense + tanh on the pooled vector
-    pooling: str = "last"  # "cls" | "mean" | "last"; classifier and embedding heads
+    pooling: str = "last"  # "cls" | "mean" | "max" | "last"; classifier and embedding heads
     num_classes: int = 0
     labels: tuple[str, ...] = ()
     dropout: float = 0.0  # residual, embedding and classifier dropout while training
@@ -114,7 +114,7 @@ class ModelConfig:
         _choice("norm_position", self.norm_position, ("pre", "post", "sandwich"))
         _choice("activation", self.activation, ("silu", "gelu", "gelu_tanh", "relu"))
         _choice("head", self.head, ("lm", "masked_lm", "classifier", "embedding"))
-        _choice("pooling", self.pooling, ("cls", "mean", "last"))
+        _choice("pooling", self.pooling, ("cls", "mean", "max", "last"))
         for name in ("param_dtype", "compute_dtype", "cache_dtype"):
             _choice(name, getattr(self, name), ("", "float32", "bfloat16", "float16"))
         _require(

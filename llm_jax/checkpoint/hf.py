@@ -51,7 +51,7 @@ _ALIGNMENT = 64  # bytes; XLA:CPU uses a host buffer in place when it is aligned
 _HEADS = ("lm_head/", "classifier/", "pooler/")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "1_Pooling/*")
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
-_POOLING_MODES = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
+_POOLING_MODES = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "last": "lasttoken"}
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # generation_config.json keys that generation understands, and the neutral value of each that
 # would change the text and is not in the list.

@@ -116,7 +116,8 @@ def _reference(torch: ModuleType, model: Any, texts: list[list[int]], config: Mo
 def _pooled(out: Any, hidden: np.ndarray, config: ModelConfig) -> np.ndarray:
     if config.pooler:
         return out.pooler_output[0].numpy()
-    return {"cls": hidden[0], "last": hidden[-1], "mean": hidden.mean(axis=0)}[config.pooling]
+    ways = {"cls": hidden[0], "last": hidden[-1], "mean": hidden.mean(axis=0), "max": hidden.max(axis=0)}
+    return ways[config.pooling]
 
 
 def _ours(model: Model, params: Params, mesh: Mesh, texts: list[list[int]], side: str) -> Outputs:

@@ -59,8 +59,8 @@ def family(model_type: str) -> Family:
 def from_hf(hf: Mapping[str, Any], *, pooling: str | None = None, pooler: bool = True) -> ModelConfig:
     """The `ModelConfig` of a config.json.
 
-    pooling: how sentence vectors are made ("cls" | "mean" | "last"), when files beside config.json
-        say so; the model then has an embedding head, whatever its architecture.
+    pooling: how sentence vectors are made ("cls" | "mean" | "max" | "last"), when files beside
+        config.json say so; the model then has an embedding head, whatever its architecture.
     pooler: whether the checkpoint of a headless encoder holds BERT's pooler.
     Raises ValueError naming the key, its value and what is supported.
     """

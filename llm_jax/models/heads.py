@@ -15,9 +15,13 @@ from llm_jax.ops.linear import linear
 def pool(hidden: jax.Array, mask: jax.Array, kind: str) -> jax.Array:
     """hidden [B, T, D], mask [B, T] (0 = padding) -> one vector a row [B, D].
 
-    cls: the first real token; last: the last real token; mean: over the real tokens (float32).
+    cls: the first real token; last: the last real token; mean: over the real tokens (float32);
+    max: of each feature, over the real tokens.
     """
     real = mask > 0
+    if kind == "max":
+        lowest = jnp.finfo(hidden.dtype).min
+        return jnp.where(real[:, :, None], hidden, lowest).max(axis=1)
     if kind == "mean":
         weights = real.astype(jnp.float32)
         total = jnp.einsum("btd,bt->bd", hidden.astype(jnp.float32), weights)
