@@ -92,9 +92,10 @@ SETTINGS = {  # name: (folder, settings)
     "bundled": (
         OWN / "sentiment_zh",
         {
+            "token_dropout": 0.15,
             "model": encoder(vocab_size=3000, num_layers=2, embed_dim=128),
             "optim": adamw(learning_rate=1e-3, ema_decay=0.98),
-            "train": TrainConfig(batch_size=32, epochs=8.0, log_every=20, eval_every=72),
+            "train": TrainConfig(batch_size=32, epochs=12.0, log_every=20, eval_every=72),
         },
     ),
     "weibo": (

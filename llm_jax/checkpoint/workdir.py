@@ -32,6 +32,7 @@ class Trained:
     tokenizer: Path  # directory for `load_tokenizer`
     labels: tuple[str, ...]  # of a classifier; () for other heads
     step: int  # optimizer steps it was trained for
+    max_tokens: int  # longest text it was trained on
 
 
 def begin_run(workdir: str | Path, config: Any, model: ModelConfig | None) -> None:
@@ -78,12 +79,14 @@ def load_trained(path: str | Path, mesh: Mesh, *, param_dtype: str = "") -> Trai
         raise FileNotFoundError(f"{workdir} has no config.json: expected the --workdir of a run")
     if step is None:
         raise FileNotFoundError(f"{workdir}/checkpoints holds no finished checkpoint; train first")
-    config = from_dict(ModelConfig, _read(workdir / "config.json")["model"], "model")
+    run = _read(workdir / "config.json")
+    config = from_dict(ModelConfig, run["model"], "model")
     model = describe(dataclasses.replace(config, param_dtype=param_dtype or config.param_dtype))
     directory = workdir / "checkpoints" / str(step)
     item = "ema" if (directory / "ema").is_dir() else "params"
     params = restore_params(directory, model, mesh, item=item)
-    return Trained(model, params, workdir / "tokenizer", config.labels, step)
+    longest = run["config"].get("max_tokens", config.max_positions)
+    return Trained(model, params, workdir / "tokenizer", config.labels, step, longest)
 
 
 def git_revision() -> str | None:

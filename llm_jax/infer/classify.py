@@ -86,6 +86,7 @@ class TextClassifier:
 
     labels: one for each class; () when the model has no classifier and can only `embed`.
     batch_size: rows at once, rounded up to a multiple of the mesh's data shards.
+    max_tokens: longer texts lose their end; None = what the model's positions allow.
     """
 
     def __init__(
@@ -97,13 +98,15 @@ class TextClassifier:
         labels: Sequence[str],
         *,
         batch_size: int = 32,
+        max_tokens: int | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: expected 1 or more")
         self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
         self.labels, shards = tuple(labels), data_shards(mesh)
         self.batch_size = -(-batch_size // shards) * shards
-        self.buckets = length_buckets(model.config.max_positions)
+        self.max_tokens = min(max_tokens or model.config.max_positions, model.config.max_positions)
+        self.buckets = length_buckets(self.max_tokens)
         self._classify, self._embed = make_classify(model), make_embed(model)
 
     @classmethod
@@ -117,7 +120,13 @@ class TextClassifier:
             trained = load_trained(path, mesh)
             tokenizer = load_tokenizer(trained.tokenizer)
             return cls(
-                trained.model, trained.params, tokenizer, mesh, trained.labels, batch_size=batch_size
+                trained.model,
+                trained.params,
+                tokenizer,
+                mesh,
+                trained.labels,
+                batch_size=batch_size,
+                max_tokens=trained.max_tokens,
             )
         directory = resolve(path)
         if not (directory / "config.json").is_file():
@@ -151,7 +160,7 @@ class TextClassifier:
 
     def batches(self, texts: Sequence[str]) -> Iterator[Rows]:
         """The texts as padded batches, shortest first; what is too long loses its end."""
-        longest, encode = self.model.config.max_positions, self.tokenizer.encode
+        encode, longest = self.tokenizer.encode, self.max_tokens
         tokens = [encode_within(text, encode, longest) for text in texts]
         return batches_by_length(tokens, self.batch_size, self.buckets)
 

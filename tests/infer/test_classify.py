@@ -110,6 +110,7 @@ def run(tmp_path_factory):
         for _ in range(60)
         for label, word in (("好", "喜欢"), ("坏", "讨厌"))
     ]
+    rows += [("好", "喜欢" + "今天" * 40), ("坏", "讨厌" + "这里" * 40)]  # beyond max_tokens
     lines = ["label\ttext", *(f"{label}\t{text}" for label, text in rows)]
     (directory / "data.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     model = ModelConfig(
@@ -125,7 +126,7 @@ def run(tmp_path_factory):
         num_kv_heads=2,
         head_dim=8,
         mlp_dim=32,
-        max_positions=32,
+        max_positions=64,
     )
     data = str(directory / "data.tsv")
     optim, train = OptimConfig(1e-2), TrainConfig(batch_size=16, steps=30)
