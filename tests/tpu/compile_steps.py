@@ -91,8 +91,9 @@ def _placed(x, sharding):
 
 
 def main(topology: str, shape: str) -> None:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    for step, program in lowered(CONFIG, make_mesh(shape, devices)):
+    options = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}  # one device a chip
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+    for step, program in lowered(CONFIG, make_mesh(shape, found.devices)):
         compiled = program.compile()
         memory = compiled.memory_analysis()
         collectives = re.findall(COLLECTIVE, compiled.as_text())
