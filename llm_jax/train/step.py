@@ -6,6 +6,7 @@
 Parts add up to exactly the large batch because objectives return sums and counts.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -54,7 +55,7 @@ def make_train_step(
 
     shardings = state_shardings(model, optimizer, mesh)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    return _on_mesh(compiled, mesh)
+    return _OnMesh(compiled, mesh)
 
 
 @functools.lru_cache(maxsize=8)  # several held-out sets share one program
@@ -66,7 +67,7 @@ def make_eval_step(model: Model, objective: Objective, mesh: Mesh) -> Callable:
         loss, count, metrics = objective(model.bind(params), batch, None)
         return {"loss": (loss, count)} | metrics
 
-    return _on_mesh(step, mesh)
+    return _OnMesh(step, mesh)
 
 
 def _gradient(
@@ -119,13 +120,18 @@ def _split_rows(x: jax.Array, parts: int) -> jax.Array:
     return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
 
-def _on_mesh(function: Callable, mesh: Mesh) -> Any:
-    """`function`, called or lowered with `mesh` set, which is what activation constraints refer to."""
+@dataclasses.dataclass(frozen=True)
+class _OnMesh:
+    """A jitted function, called or lowered with `mesh` set, which activation constraints refer to."""
 
-    def on_mesh(method, *args):
-        with jax.set_mesh(mesh):
-            return method(*args)
+    function: Any
+    mesh: Mesh
 
-    call = functools.partial(on_mesh, function)
-    call.lower = functools.partial(on_mesh, function.lower)
-    return call
+    def __call__(self, *args):
+        with jax.set_mesh(self.mesh):
+            return self.function(*args)
+
+    def lower(self, *args):
+        """`jax.stages.Lowered`, for compiling ahead of time."""
+        with jax.set_mesh(self.mesh):
+            return self.function.lower(*args)
