@@ -16,7 +16,7 @@ import numpy as np
 from llm_jax.data.sentencepiece_model import BYTE, NORMAL, UNKNOWN, USER_DEFINED, SentencePieceModel
 
 UNKNOWN_PENALTY = 10.0  # below the rarest piece, as in sentencepiece
-USER_DEFINED_PENALTY = 0.1  # below a run of the commonest piece, which makes it all but certain
+USER_DEFINED_PENALTY = 0.1  # below a run of the commonest piece, as there: likely, not certain
 _NO_PREFIX = (-1, 0.0)  # of a text that no piece begins with
 
 

@@ -49,7 +49,7 @@ def train_sentencepiece(
     texts: cut at line ends; empty lines are left out.
     vocab_size: wanted; a text too small for it gives fewer (logged), never more.
     model_type: "unigram", which `encode_sampled` needs, or "bpe".
-    character_coverage: share of all characters in the text that become pieces; 1.0 keeps all.
+    character_coverage: share of all characters in the text that become pieces, 0.98 to 1.0 (all).
     normalization: Unicode normalisation by sentencepiece's rule of that name. With anything but
         "identity" spaces are cleaned too, and tokenizer.json is written only if it is exact.
     user_defined_symbols: texts that are always one token.
@@ -110,8 +110,8 @@ def _check(vocab_size: int, model_type: str, normalization: str, coverage: float
         raise ValueError(
             f"normalization must be one of {', '.join(NORMALIZATIONS)}, got {normalization!r}"
         )
-    if not 0 < coverage <= 1:
-        raise ValueError(f"character_coverage must be in (0, 1], got {coverage}")
+    if not 0.98 <= coverage <= 1:  # what sentencepiece accepts
+        raise ValueError(f"character_coverage must be in [0.98, 1], got {coverage}")
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

@@ -87,6 +87,8 @@ class TextClassifier:
     labels: one for each class; () when the model has no classifier and can only `embed`.
     batch_size: rows at once, rounded up to a multiple of the mesh's data shards.
     max_tokens: longer texts lose their end; None = what the model's positions allow.
+
+    Raises ValueError naming the argument that is out of range.
     """
 
     def __init__(
@@ -105,7 +107,11 @@ class TextClassifier:
         self.model, self.params, self.tokenizer, self.mesh = model, params, tokenizer, mesh
         self.labels, shards = tuple(labels), data_shards(mesh)
         self.batch_size = -(-batch_size // shards) * shards
-        self.max_tokens = min(max_tokens or model.config.max_positions, model.config.max_positions)
+        self.max_tokens = model.config.max_positions if max_tokens is None else max_tokens
+        if not 1 <= self.max_tokens <= model.config.max_positions:
+            raise ValueError(
+                f"max_tokens={max_tokens}: expected 1 to max_positions={model.config.max_positions}"
+            )
         self.buckets = length_buckets(self.max_tokens)
         self._classify, self._embed = make_classify(model), make_embed(model)
 

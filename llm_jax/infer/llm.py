@@ -8,6 +8,7 @@ for output in llm.generate(["我喜欢编程。"], SamplingParams(max_new_tokens
 """
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,8 @@ from llm_jax.models import Model, Params, describe
 from llm_jax.ops.sampling import SamplingParams
 from llm_jax.sharding import make_mesh
 from llm_jax.tree import unstack
+
+logger = logging.getLogger(__name__)
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "assets" / "demo_lm"
 # Our name of each setting of generation_config.json, and its name there.
@@ -198,8 +201,9 @@ class LLM:
     ) -> list[Output]:
         """Continuations of texts, chats or id lists, in order; n for each prompt.
 
-        Without `sampling`, `default_sampling` decides; for the beams of a generation_config.json see
-        `beam_search`. on_text(output index, text) is called with every new piece of text as it streams.
+        Without `sampling`, `default_sampling` decides; the beams of a generation_config.json, which a
+        warning names, are for `beam_search`. on_text(output index, text) is called with every new piece
+        of text as it streams.
         Raises ValueError for prompts that cannot fit the model, naming the prompt.
         """
         if isinstance(prompts, str):
@@ -291,6 +295,11 @@ class LLM:
     def _stream(self, prompts, sampling, timeline):
         """Yields (new outputs, None, "") at the start of a batch, then (None, output, text)."""
         began, timing = time.perf_counter(), Timing()
+        if sampling is None and self.generation_config.get("num_beams", 1) != 1:
+            logger.warning(
+                "generation_config.json: num_beams=%s, which was not used here: call beam_search",
+                self.generation_config["num_beams"],
+            )
         self.stats = Stats()
         timeline = timeline or Timeline(enabled=False)
         with timeline.phase("tokenize"):

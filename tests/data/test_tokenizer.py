@@ -263,8 +263,8 @@ def test_training_refuses_what_cannot_work(tmp_path):
         train_sentencepiece(CORPUS, tmp_path, vocab_size=100)
     with pytest.raises(ValueError, match="model_type must be one of unigram, bpe, got 'word'"):
         train_sentencepiece(CORPUS, tmp_path, vocab_size=300, model_type="word")
-    with pytest.raises(ValueError, match=r"character_coverage must be in \(0, 1\], got 2"):
-        train_sentencepiece(CORPUS, tmp_path, vocab_size=300, character_coverage=2)
+    with pytest.raises(ValueError, match=r"character_coverage must be in \[0.98, 1\], got 0.9"):
+        train_sentencepiece(CORPUS, tmp_path, vocab_size=300, character_coverage=0.9)
     with pytest.raises(ValueError, match="normalization"):
         train_sentencepiece(CORPUS, tmp_path, vocab_size=300, normalization="nfd")
 

@@ -118,6 +118,16 @@ def test_generation_config_decides(early_stopping, length_penalty, changes, tmp_
     check(ours.beam_search(PROMPTS, **changes), expected)
 
 
+def test_generate_says_that_it_does_not_search(monkeypatch, caplog):
+    ours, _ = models("llama")
+    monkeypatch.setattr(ours, "generation_config", {"num_beams": 3, "max_new_tokens": 2})
+    ours.generate(PROMPTS[:1])
+    assert "num_beams=3, which was not used here: call beam_search" in caplog.text
+    caplog.clear()
+    ours.generate(PROMPTS[:1], ours.default_sampling())
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("num_beams, num_return, stop_ids", [(2, 1, ()), (4, 2, (49,)), (6, 6, END)])
 def test_widths_and_ends(num_beams, num_return, stop_ids):
     ours, theirs = models("gpt2")

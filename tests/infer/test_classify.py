@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from llm_jax.checkpoint.workdir import load_trained
 from llm_jax.config import ClassificationConfig, ModelConfig, OptimConfig, TrainConfig
 from llm_jax.infer.classify import TextClassifier, classify, embed
 from llm_jax.sharding import make_mesh
@@ -110,7 +111,10 @@ def run(tmp_path_factory):
         for _ in range(60)
         for label, word in (("好", "喜欢"), ("坏", "讨厌"))
     ]
-    rows += [("好", "喜欢" + "今天" * 40), ("坏", "讨厌" + "这里" * 40)]  # beyond max_tokens
+    rows += [
+        ("好", "喜欢" + "1" * 50),
+        ("坏", "讨厌" + "2" * 50),
+    ]  # a digit is a token: beyond max_tokens
     lines = ["label\ttext", *(f"{label}\t{text}" for label, text in rows)]
     (directory / "data.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     model = ModelConfig(
@@ -143,6 +147,15 @@ def test_a_workdir_answers_as_it_did_in_training(run):
     assert {r.label for r in found if "讨厌" in r.text} == {"坏"}
     probs = np.array([list(r.probs.values()) for r in found])
     np.testing.assert_allclose(np.sort(probs[:, 0]), np.sort(result.probs[:, 0]), atol=1e-5)
+
+
+def test_max_tokens_beyond_the_positions_is_refused(run):
+    trained = load_trained(run[0], make_mesh("data:1"))
+    for wrong in (0, 65):
+        with pytest.raises(ValueError, match=f"max_tokens={wrong}: expected 1 to max_positions=64"):
+            TextClassifier(
+                trained.model, trained.params, None, make_mesh("data:1"), ("a", "b"), max_tokens=wrong
+            )
 
 
 def script(*arguments):

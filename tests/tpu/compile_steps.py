@@ -29,26 +29,25 @@ from llm_jax.train.step import make_train_step
 
 COLLECTIVE = r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 BATCH, PROMPT, CACHE = 8, 128, 256
-CONFIG = (
-    ModelConfig(  # of Gemma's type: every feature of attention, and a scan over two layers of each kind
-        family="gemma2",
-        vocab_size=1024,
-        num_layers=4,
-        embed_dim=256,
-        num_heads=8,
-        num_kv_heads=4,
-        head_dim=128,
-        mlp_dim=512,
-        max_positions=1024,
-        windows=(128, 0, 128, 0),
-        attn_softcap=50.0,
-        final_softcap=30.0,
-        norm_position="sandwich",
-        tie_embeddings=True,
-        param_dtype="bfloat16",
-        compute_dtype="bfloat16",
-        cache_dtype="bfloat16",
-    )
+# Of Gemma's type: full and window layers, soft caps, norms before and after.
+CONFIG = ModelConfig(
+    family="gemma2",
+    vocab_size=1024,
+    num_layers=4,
+    embed_dim=256,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=128,
+    mlp_dim=512,
+    max_positions=1024,
+    windows=(128, 0, 128, 0),
+    attn_softcap=50.0,
+    final_softcap=30.0,
+    norm_position="sandwich",
+    tie_embeddings=True,
+    param_dtype="bfloat16",
+    compute_dtype="bfloat16",
+    cache_dtype="bfloat16",
 )
 
 

@@ -148,6 +148,35 @@ def test_configs_are_whole(name, arguments, kind):
     assert isinstance(from_dict(kind, get_config(*arguments).to_dict()), kind)
 
 
+def classification_config(data, **settings):
+    model = dataclasses.replace(MODEL, head="classifier", num_classes=2)
+    train = TrainConfig(batch_size=8, steps=1)
+    return ClassificationConfig(str(data), model, OptimConfig(1e-3), train, max_tokens=64, **settings)
+
+
+def test_a_folder_is_trained_on_and_held_out_by_its_files(tmp_path):
+    (tmp_path / "train.tsv").write_text("said\tkind\na\tx\nb\ty\n")
+    (tmp_path / "dev.tsv").write_text("said\tkind\nc\ty\n")
+    (tmp_path / "other.tsv").write_text("said\tkind\nd\tx\n")
+    fields = {"text_field": "said", "label_field": "kind"}
+    (texts, gold), (held_out, held_gold), labels = classification._read(
+        classification_config(tmp_path, **fields)
+    )
+    assert (texts, gold.tolist(), held_out, held_gold.tolist()) == (["a", "b"], [0, 1], ["c"], [1])
+    assert labels == ("x", "y")
+    other = classification_config(tmp_path, eval_data=str(tmp_path / "other.tsv"), **fields)
+    assert classification._read(other)[1][0] == ["d"]
+
+
+def test_character_coverage_decides_what_is_spelled_in_bytes(tmp_path):
+    found = {}
+    for coverage in (1.0, 0.98):  # the rare character is one of 201
+        config = classification_config("x.tsv", character_coverage=coverage)
+        tokenizer = classification._tokenizer(config, ["你好世界" * 50, "龘"], tmp_path / str(coverage))
+        found[coverage] = tokenizer.piece_to_id("龘") is not None
+    assert found == {1.0: True, 0.98: False}
+
+
 def test_an_unknown_data_set_is_told_the_nearest_name():
     get_config = runpy.run_path(str(CONFIGS / "sentiment.py"))["get_config"]
     with pytest.raises(ValueError, match="did you mean weibo"):
