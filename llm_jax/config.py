@@ -91,14 +91,20 @@ class ModelConfig:
     # Embedding and heads
     embed_scale: bool = False  # multiply embeddings by sqrt(D) (Gemma)
     embed_norm: bool = False  # LayerNorm after the embedding sum (BERT)
+    ngram_orders: tuple[int, ...] = ()  # n of the n-grams whose hashed embeddings are added; encoders
+    ngram_buckets: int = 0  # rows of the table that the n-grams of each order share
+    ngram_dropout: float = 0.0  # share of the n-grams left out while training
     tie_embeddings: bool = False
     final_softcap: float | None = None
-    head: str = "lm"  # "lm" | "masked_lm" | "classifier" | "embedding"
+    head: str = "lm"  # "lm" | "masked_lm" | "classifier" | "embedding" | "span"
     pooler: bool = False  # BERT's dense + tanh on the pooled vector
     pooling: str = "last"  # "cls" | "mean" | "max" | "last"; classifier and embedding heads
     num_classes: int = 0
     labels: tuple[str, ...] = ()
     dropout: float = 0.0  # residual, embedding and classifier dropout while training
+    # What a layer keeps for its backward pass, which computes the rest again: "none" = everything;
+    # "dots" = the results of all products; "dots_no_batch" = of those with weights; "full" = its input
+    remat: str = "none"
     # Dtypes: "" = float32 on CPU, bfloat16 on TPU and GPU (see `with_dtypes`)
     param_dtype: str = ""
     compute_dtype: str = ""
@@ -113,8 +119,9 @@ class ModelConfig:
         _choice("norm", self.norm, ("rms", "layer"))
         _choice("norm_position", self.norm_position, ("pre", "post", "sandwich"))
         _choice("activation", self.activation, ("silu", "gelu", "gelu_tanh", "relu"))
-        _choice("head", self.head, ("lm", "masked_lm", "classifier", "embedding"))
+        _choice("head", self.head, ("lm", "masked_lm", "classifier", "embedding", "span"))
         _choice("pooling", self.pooling, ("cls", "mean", "max", "last"))
+        _choice("remat", self.remat, ("none", "dots", "dots_no_batch", "full"))
         for name in ("param_dtype", "compute_dtype", "cache_dtype"):
             _choice(name, getattr(self, name), ("", "float32", "bfloat16", "float16"))
         _require(
@@ -140,7 +147,14 @@ class ModelConfig:
                 self.labels,
                 f"one name for each of num_classes={self.num_classes}",
             )
-        _require(0.0 <= self.dropout < 1.0, "dropout", self.dropout, "in [0, 1)")
+        for name in ("dropout", "ngram_dropout"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        if self.ngram_orders:
+            orders = self.ngram_orders
+            _require(min(orders) > 1, "ngram_orders", orders, "2 or more each; 1 is the token itself")
+            _require(self.ngram_buckets > 0, "ngram_buckets", self.ngram_buckets, "a positive number")
+            without = "() for a causal model: a decode step sees one token"
+            _require(not self.causal, "ngram_orders", orders, without)
 
     @property
     def layer_windows(self) -> tuple[int, ...]:
@@ -247,14 +261,27 @@ def _choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{field}={value!r}: expected one of {allowed}{nearest(value, allowed)}")
 
 
+# The optimizers, and which of these settings each of them reads; the other settings serve them all.
+OPTIMIZERS = {
+    "adamw": ("b1", "b2", "eps"),  # Loshchilov & Hutter 2019
+    "adafactor": (),  # Shazeer & Stern 2018; learning_rate is relative to the RMS of each parameter
+    "lion": ("b1", "b2"),  # Chen et al. 2023
+    "muon": ("momentum", "b1", "b2", "eps"),  # Jordan et al. 2024 on the layers' matrices, else AdamW
+    "sgd": ("momentum",),  # with momentum
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019), its learning rate over time, clipping and averaging."""
+    """An optimizer, its learning rate over time, clipping, weight decay (decoupled) and averaging."""
 
     learning_rate: float  # at the end of the warmup
-    schedule: str = "cosine"  # "cosine" | "linear" | "constant", after a linear warmup from 0
+    schedule: str = "cosine"  # "cosine" | "linear" | "constant" | "wsd", after a linear warmup from 0
     warmup_fraction: float = 0.05  # of all steps
     final_fraction: float = 0.0  # learning rate of the last step / learning_rate
+    optimizer: str = "adamw"  # of OPTIMIZERS
+    decay_fraction: float = 0.2  # of all steps; wsd is constant, then falls linearly over these
+    momentum: float = 0.95
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -264,20 +291,59 @@ class OptimConfig:
 
     def __post_init__(self):
         _require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "positive")
-        _choice("optim.schedule", self.schedule, ("cosine", "linear", "constant"))
-        for name in ("warmup_fraction", "final_fraction"):
+        _choice("optim.schedule", self.schedule, ("cosine", "linear", "constant", "wsd"))
+        _choice("optim.optimizer", self.optimizer, tuple(OPTIMIZERS))
+        for name in ("warmup_fraction", "final_fraction", "decay_fraction"):
             _require(0 <= getattr(self, name) <= 1, f"optim.{name}", getattr(self, name), "in [0, 1]")
-        for name in ("b1", "b2", "ema_decay"):
+        for name in ("momentum", "b1", "b2", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, f"optim.{name}", getattr(self, name), "in [0, 1)")
         for name in ("weight_decay", "clip_norm"):
             _require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "0 or more")
         _require(self.eps > 0, "optim.eps", self.eps, "positive")
+        for name in ("momentum", "b1", "b2", "eps"):
+            if name not in OPTIMIZERS[self.optimizer]:
+                self._unread(name, f"optimizer={self.optimizer!r}")
+        if self.schedule != "wsd":
+            self._unread("decay_fraction", f"schedule={self.schedule!r}")
+        if self.schedule == "constant":
+            self._unread("final_fraction", "schedule='constant'")
+        _require(
+            self.schedule != "wsd" or self.warmup_fraction + self.decay_fraction <= 1,
+            "optim.decay_fraction",
+            self.decay_fraction,
+            f"at most 1 - warmup_fraction={1 - self.warmup_fraction}",
+        )
+
+    def _unread(self, name: str, by: str) -> None:
+        """Refuse a setting that was changed although nothing reads it."""
+        default = type(self).__dataclass_fields__[name].default
+        value = getattr(self, name)
+        expected = f"its default {default}: {by} does not read it"
+        _require(value == default, f"optim.{name}", value, expected)
 
 
-@dataclasses.dataclass(frozen=True)
+# Settings of a run that may differ when it is resumed: how it is watched, kept and mended.
+MAY_CHANGE = (
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep",
+    "keep_best",
+    "best_metric",
+    "keep_every",
+    "on_bad_loss",
+    "spike_factor",
+    "max_rollbacks",
+    "wandb_project",
+    "profile_steps",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long to train, on how much at a time, and how often to log, evaluate and save."""
+    """What every training run has: how to optimize, how long, how often to log, evaluate and save."""
 
+    optim: OptimConfig
     batch_size: int  # rows per optimizer step, over all devices
     steps: int = 0  # optimizer steps; 0 = as many as `epochs` makes
     epochs: float = 0.0  # passes over the training data, where `steps` is 0
@@ -285,30 +351,93 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 10  # steps; all of these count optimizer steps
     eval_every: int = 0  # 0 = at the end only
-    save_every: int = 0  # 0 = at the end only
+    checkpoint_every: int = 0  # 0 = at the end only
     keep: int = 2  # newest checkpoints that stay
+    keep_best: int = 0  # best ones that stay besides; each checkpoint is then evaluated as it is written
+    best_metric: str = "eval/loss"  # which are best: a loss is good when low, other metrics when high
+    keep_every: int = 0  # steps; checkpoints of their multiples stay for ever; 0 = none
+    # When loss or gradient are not finite, or the loss is a spike: "abort"; "skip" the step; "rollback"
+    # to the newest checkpoint and go on with the batch after the bad one.
+    on_bad_loss: str = "abort"
+    spike_factor: float = 0.0  # a positive loss above so many times the median of 64 is one; 0 = none is
+    max_rollbacks: int = 3  # in one run
+    wandb_project: str = ""  # Weights & Biases gets the records too; "" = it does not
+    profile_steps: str = ""  # "10-12" writes a trace of these steps to WORKDIR/profile; "" = none
 
     def __post_init__(self):
         for name in ("batch_size", "accumulate", "log_every", "keep"):
-            _require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "1 or more")
-        for name in ("steps", "epochs", "eval_every", "save_every", "seed"):
-            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+            _require(getattr(self, name) > 0, name, getattr(self, name), "1 or more")
+        counts = ("steps", "epochs", "eval_every", "checkpoint_every", "keep_best", "keep_every", "seed")
+        for name in (*counts, "max_rollbacks"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _choice("on_bad_loss", self.on_bad_loss, ("abort", "skip", "rollback"))
+        _require(
+            self.spike_factor == 0 or self.spike_factor > 1,
+            "spike_factor",
+            self.spike_factor,
+            "more than 1, or 0 for no spikes",
+        )
+        _require(
+            self.best_metric.startswith("eval/"),
+            "best_metric",
+            self.best_metric,
+            'a name of the evaluation, such as "eval/loss" or "eval/accuracy"',
+        )
         _require(
             self.steps > 0 or self.epochs > 0,
-            "train.steps, train.epochs",
+            "steps, epochs",
             (self.steps, self.epochs),
             "one of them positive",
         )
         _require(
             self.batch_size % self.accumulate == 0,
-            "train.accumulate",
+            "accumulate",
             self.accumulate,
             f"a divisor of batch_size={self.batch_size}",
         )
+        if self.profile_steps:
+            numbers = re.fullmatch(r"(\d+)-(\d+)", self.profile_steps)
+            ordered = numbers is not None and 0 < int(numbers[1]) <= int(numbers[2])
+            _require(ordered, "profile_steps", self.profile_steps, 'first and last step, as "10-12"')
+
+    @property
+    def traced_steps(self) -> tuple[int, int]:
+        """First and last step of `profile_steps`; (0, 0), before all steps, where there is none."""
+        first, last = (self.profile_steps or "0-0").split("-")
+        return int(first), int(last)
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassificationConfig:
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021): weights W + (alpha / rank) b a, of which a and b train.
+
+    Patterns are regular expressions found in parameter paths such as "layers/attn/wq".
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("attn/w[qkvo]$",)  # weights that get adapters
+    whole: tuple[str, ...] = ()  # parameters that are trained as they are, such as a new head
+
+    def __post_init__(self):
+        _require(self.rank > 0, "lora.rank", self.rank, "1 or more")
+        _require(self.alpha > 0, "lora.alpha", self.alpha, "positive")
+        _require(len(self.targets) > 0, "lora.targets", self.targets, "one pattern or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainConfig):
+    """Masked-LM training of a classifier's encoder on its own training texts, before it sees labels."""
+
+    mask_rate: float = 0.15  # share of a text's tokens to guess (Devlin et al. 2019)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _require(0 < self.mask_rate < 1, "pretrain.mask_rate", self.mask_rate, "in (0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassificationConfig(TrainConfig):
     """One run that trains a text classifier from scratch on labelled text (task "classification").
 
     `model.vocab_size` is the size of the tokenizer to train at most; the labels, and with them
@@ -318,8 +447,6 @@ class ClassificationConfig:
     # TSV, CSV or JSONL with a text and a label in each row; a folder: its train.* and dev.* of that kind
     data: str
     model: ModelConfig
-    optim: OptimConfig
-    train: TrainConfig
     task: str = "classification"
     eval_data: str = ""  # "" = the folder's dev.*, or `eval_fraction` of the file, held out
     eval_fraction: float = 0.1
@@ -332,8 +459,10 @@ class ClassificationConfig:
     balance_classes: bool = False  # weigh each class by the inverse of its frequency
     subword_alpha: float = 0.0  # sampled segmentations while training (Kudo 2018); 0 = none
     token_dropout: float = 0.0  # share of a text's tokens left out while training (Iyyer et al. 2015)
+    pretrain: PretrainConfig | None = None  # None = the classifier starts from random parameters
 
     def __post_init__(self):
+        super().__post_init__()
         _choice("task", self.task, ("classification",))
         _choice("model.head", self.model.head, ("classifier",))
         _require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "in (0, 1)")
@@ -348,8 +477,23 @@ class ClassificationConfig:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class LanguageModelConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A language model learns from a larger one besides the text (Hinton et al. 2015)."""
+
+    teacher: str  # a Hugging Face directory or hub id, or a workdir; the student takes its tokenizer
+    temperature: float = 2.0  # softens both distributions
+    weight: float = 0.5  # of the divergence from the teacher; the text's cross entropy has the rest
+    hidden_weight: float = 0.0  # of the mean squared distance between the last hidden states
+
+    def __post_init__(self):
+        _require(self.temperature > 0, "distill.temperature", self.temperature, "positive")
+        _require(0 < self.weight <= 1, "distill.weight", self.weight, "in (0, 1]")
+        _require(self.hidden_weight >= 0, "distill.hidden_weight", self.hidden_weight, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig(TrainConfig):
     """One run that trains a causal language model from scratch on text files (task "lm").
 
     `model.vocab_size` is the size of the tokenizer to train at most.
@@ -359,8 +503,6 @@ class LanguageModelConfig:
     # table; how often a text comes in one epoch; 2 to `join` related texts make one document.
     data: tuple[Any, ...]
     model: ModelConfig
-    optim: OptimConfig
-    train: TrainConfig
     task: str = "lm"
     eval_fraction: float = 0.01  # of the documents of each source
     tokenizer: str = ""  # a tokenizer to use; "" = train one on the training text
@@ -368,8 +510,11 @@ class LanguageModelConfig:
     character_coverage: float = 0.9995  # of the training text by tokens of its own; the rest is bytes
     row_tokens: int = 128  # documents are packed into rows of this many tokens
     loss_chunk: int = 0  # positions whose vocabulary logits are held at a time; 0 = all
+    z_loss: float = 0.0  # weight of log(Z)^2 while training, to keep Z near 1; 1e-4 in PaLM
+    distill: DistillConfig | None = None  # None = the text alone is learned from
 
     def __post_init__(self):
+        super().__post_init__()
         _choice("task", self.task, ("lm",))
         _choice("model.head", self.model.head, ("lm",))
         _choice("tokenizer_kind", self.tokenizer_kind, ("unigram", "bpe"))
@@ -381,6 +526,14 @@ class LanguageModelConfig:
             self.row_tokens,
             f"2 to model.max_positions={self.model.max_positions}",
         )
+        _require(
+            self.distill is None or not self.tokenizer,
+            "tokenizer",
+            self.tokenizer,
+            "'' with distill: the student takes the tokenizer of its teacher",
+        )
+        _require(self.z_loss >= 0, "z_loss", self.z_loss, "0 or more")
+        _require(self.distill is None or not self.z_loss, "z_loss", self.z_loss, "0 with distill")
         _require(len(self.data) > 0, "data", self.data, "one (path, field, weight) or more")
         for source in self.data:
             _require(
@@ -393,6 +546,151 @@ class LanguageModelConfig:
                 '(path, field, weight) or (path, field, weight, join), with field "" for a text file, '
                 "a positive weight and join 1 or more",
             )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """One run that teaches a language model to answer as the assistant of chats does (task "sft")."""
+
+    data: str  # JSONL with the messages of a chat in each line
+    init_from: str  # a Hugging Face directory or hub id, or a workdir of a language model
+    task: str = "sft"
+    eval_data: str = ""  # "" = `eval_fraction` of the chats, held out
+    eval_fraction: float = 0.1
+    messages_field: str = "messages"
+    chat_template: str = ""  # Jinja2 source; "" = the tokenizer's own
+    row_tokens: int = 512  # chats are packed into rows of this many tokens
+    loss_chunk: int = 0  # positions whose vocabulary logits are held at a time; 0 = all
+    lora: LoraConfig | None = None  # None = all parameters are trained
+
+    def __post_init__(self):
+        super().__post_init__()
+        _choice("task", self.task, ("sft",))
+        _require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "in (0, 1)")
+        _require(self.loss_chunk >= 0, "loss_chunk", self.loss_chunk, "0 or more")
+        _require(self.row_tokens > 1, "row_tokens", self.row_tokens, "2 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WordVectorConfig(TrainConfig):
+    """One run that trains skip-gram word vectors on texts (task "word_vectors").
+
+    The words are the pieces of the tokenizer.
+    """
+
+    data: str  # texts: FILE or FILE#COLUMN, several of them separated by commas
+    task: str = "word_vectors"
+    text_field: str = "text"  # column of a table without #COLUMN
+    eval_fraction: float = 0.02  # of the texts
+    tokenizer: str = ""  # a tokenizer to use; "" = train one on the training text
+    vocab_size: int = 16_000  # of the tokenizer to train, at most
+    character_coverage: float = 0.9995  # of the training text by tokens of its own; the rest is bytes
+    embed_dim: int = 128
+    window: int = 5  # places to either side in which words are neighbours
+    negatives: int = 5  # noise words to each pair
+    noise_pool: int = 64  # noise words that are drawn for each row, and shared by its pairs
+    subsample: float = 1e-4  # frequency above which a word is left out at times; 0 = none is
+    row_tokens: int = 64  # texts are packed into rows of this many tokens
+
+    def __post_init__(self):
+        super().__post_init__()
+        _choice("task", self.task, ("word_vectors",))
+        for name in ("vocab_size", "embed_dim", "window", "negatives", "noise_pool"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "1 or more")
+        _require(self.row_tokens > 1, "row_tokens", self.row_tokens, "2 or more")
+        _require(0 <= self.subsample < 1, "subsample", self.subsample, "in [0, 1)")
+        _require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "in (0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuestionAnsweringConfig(TrainConfig):
+    """One run that trains an encoder to find answers in a text (task "question_answering").
+
+    It starts from the encoder in `init_from`, or is the `model` described here, from scratch;
+    `model.vocab_size` is then the size of the tokenizer to train at most. Lengths are tokens.
+    """
+
+    data: str  # JSONL of {"context", "qas"}, or SQuAD's JSON, the form of CMRC 2018 too
+    task: str = "question_answering"
+    model: ModelConfig | None = None
+    init_from: str = ""  # a Hugging Face directory or hub id of an encoder
+    eval_data: str = ""  # "" = the questions on `eval_fraction` of the texts, held out
+    eval_fraction: float = 0.2
+    tokenizer: str = ""  # a tokenizer to use; "" = that of `init_from`, or train one on the texts
+    max_tokens: int = 384  # of a row: the question and a window of the text
+    question_tokens: int = 64  # longer questions are cut
+    overlap: int = 128  # of two neighbouring windows
+    answer_tokens: int = 128  # longest answer
+    mark_matches: bool = False  # token types 2 and 3 say what of the text the question has too
+    pretrain: PretrainConfig | None = None  # masked-LM training of `model` before it sees questions
+    pretrain_data: str = ""  # files of further texts for it, separated by commas
+
+    def __post_init__(self):
+        super().__post_init__()
+        _choice("task", self.task, ("question_answering",))
+        _require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "in (0, 1)")
+        for name in ("question_tokens", "answer_tokens"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "1 or more")
+        room = self.max_tokens - self.question_tokens - 4
+        window = f"0 to {room - 1}, less than what max_tokens leaves beside a question"
+        _require(0 <= self.overlap < room, "overlap", self.overlap, window)
+        if self.model is None:
+            _require(
+                self.init_from != "", "init_from", "", "an encoder, or a model to train from scratch"
+            )
+            scratch = "None with init_from, which starts from a trained encoder"
+            _require(self.pretrain is None, "pretrain", self.pretrain, scratch)
+            _require(not self.mark_matches, "mark_matches", True, "False with init_from")
+            return
+        _require(self.init_from == "", "init_from", self.init_from, "'' with model, or model=None")
+        _choice("model.head", self.model.head, ("span",))
+        types = "4 or more with mark_matches"
+        _require(
+            not self.mark_matches or self.model.token_types > 3,
+            "model.token_types",
+            self.model.token_types,
+            types,
+        )
+        _require(
+            self.max_tokens <= self.model.max_positions,
+            "max_tokens",
+            self.max_tokens,
+            f"at most model.max_positions={self.model.max_positions}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TranslationConfig(TrainConfig):
+    """One run that trains a translator from scratch on sentence pairs (task "translation").
+
+    `model.vocab_size` is the size of the tokenizer to train at most, one for both languages.
+    """
+
+    data: str  # TSV, CSV or JSONL with a column for each language
+    source_field: str
+    target_field: str
+    model: ModelConfig
+    task: str = "translation"
+    eval_data: str = ""  # "" = `eval_fraction` of the pairs, and all that share a text with them
+    eval_fraction: float = 0.03
+    tokenizer: str = ""  # a tokenizer to use, which must have the token <|translate|>; "" = train one
+    character_coverage: float = 0.9995  # of the training text by tokens of its own; the rest is bytes
+    row_tokens: int = 128  # pairs are packed into rows of this many tokens
+    loss_chunk: int = 0  # positions whose vocabulary logits are held at a time; 0 = all
+
+    def __post_init__(self):
+        super().__post_init__()
+        _choice("task", self.task, ("translation",))
+        _choice("model.head", self.model.head, ("lm",))
+        _require(self.model.causal, "model.causal", False, "True: a translator continues its source")
+        _require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "in (0, 1)")
+        _require(self.loss_chunk >= 0, "loss_chunk", self.loss_chunk, "0 or more")
+        _require(
+            1 < self.row_tokens <= self.model.max_positions,
+            "row_tokens",
+            self.row_tokens,
+            f"2 to model.max_positions={self.model.max_positions}",
+        )
 
 
 def unknown_override(argv: typing.Iterable[str]) -> str | None:

@@ -33,6 +33,8 @@ PARAMS: Rules = {
     "mlp": "tensor",
     "positions": None,
     "types": None,
+    "ngrams": "tensor",
+    "lora": None,
     "classes": None,
 }
 # Where the activations and caches live: the batch over both data axes, heads and mlp over tensor.

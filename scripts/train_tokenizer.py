@@ -7,18 +7,19 @@ Writes OUTPUT/tokenizer.model, tokenizer_config.json and, where it is exact, tok
 `transformers` reads). Prints what it made; with --json one JSON object on standard output.
 """
 
-import csv
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from absl import app, flags
 
 from llm_jax import cli
+from llm_jax.data.sources import read_texts
 from llm_jax.data.train_tokenizer import MODEL_TYPES, NORMALIZATIONS, train_sentencepiece
 
-_INPUT = flags.DEFINE_list("input", None, "Files: .txt (lines), .tsv, .csv, .jsonl.", required=True)
+_INPUT = flags.DEFINE_list(
+    "input", None, "Files: .txt (lines), .tsv, .csv, .jsonl, .parquet.", required=True
+)
 _FIELD = flags.DEFINE_string("field", "text", "Column or key that holds the text (not for .txt).")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory to write.", required=True)
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 8000, "Pieces wanted.", lower_bound=5)
@@ -29,28 +30,6 @@ _NORMALIZATION = flags.DEFINE_enum("normalization", "identity", NORMALIZATIONS, 
 _SYMBOLS = flags.DEFINE_list("user_defined_symbols", [], "Texts that are always one token.")
 _CONTROL = flags.DEFINE_list("control_symbols", [], "Further special tokens.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
-
-
-def read_texts(path: Path, field: str) -> Iterator[str]:
-    """The texts in one file; ValueError naming the file and line when a text is missing."""
-    with path.open(
-        encoding="utf-8-sig", newline="" if path.suffix in (".tsv", ".csv") else None
-    ) as file:
-        if path.suffix == ".txt":
-            yield from file
-            return
-        if path.suffix == ".jsonl":
-            rows = (json.loads(line) for line in file if line.strip())
-        elif path.suffix == ".tsv":
-            rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        elif path.suffix == ".csv":
-            rows = csv.DictReader(file)
-        else:
-            raise ValueError(f"{path}: expected a .txt, .tsv, .csv or .jsonl file")
-        for number, row in enumerate(rows, start=1):
-            if not isinstance(row.get(field), str):
-                raise ValueError(f"{path}, row {number}: no text in {field!r}; it has {sorted(row)}")
-            yield row[field]
 
 
 def main(argv: list[str]) -> None:
@@ -65,7 +44,7 @@ def main(argv: list[str]) -> None:
 
 def train() -> dict[str, str | int | float | bool]:
     """Train as the flags say; what there is to report."""
-    texts = [text for path in _INPUT.value for text in read_texts(Path(path), _FIELD.value)]
+    texts = read_texts(_INPUT.value, field=_FIELD.value)
     tokenizer = train_sentencepiece(
         texts,
         _OUTPUT.value,

@@ -41,7 +41,11 @@ ONLY_IN = {  # package: the files that may import it
     "transformers": set(),
 }
 HOST_ONLY = {f"engine/{name}.py" for name in ("request", "pages", "prefix", "scheduler")}  # never jax
-DEFERRED = {}  # (file, module): why this import may stand inside a function
+DEFERRED = {  # (file, module): why this import may stand inside a function
+    ("data/sources.py", "pyarrow"): "the extra `data`: 100 MB that only .zst files need",
+    ("data/sources.py", "pyarrow.parquet"): "likewise, for Parquet files",
+    ("train/metrics_log.py", "wandb"): "an optional service, imported only where the config asks for it",
+}
 
 
 def imports(tree: ast.AST) -> set[str]:

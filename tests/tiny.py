@@ -164,6 +164,10 @@ CLASSIFIERS = {
         "RobertaConfig", "RobertaForSequenceClassification", **_ROBERTA, **_LABELS
     ),
 }
+SPANS = {
+    "bert span": _tiny("BertConfig", "BertForQuestionAnswering", **_BERT),
+    "roberta span": _tiny("RobertaConfig", "RobertaForQuestionAnswering", **_ROBERTA),
+}
 MASKED = {
     "bert masked": _tiny("BertConfig", "BertForMaskedLM", **_BERT, hidden_act="relu"),
     "bert masked untied": _tiny("BertConfig", "BertForMaskedLM", **_BERT, tie_word_embeddings=False),
@@ -174,4 +178,4 @@ ENCODERS = {
     "bert": _tiny("BertConfig", "BertModel", **_BERT),
     "roberta": _tiny("RobertaConfig", "RobertaModel", **_ROBERTA),
 }
-ALL = DECODERS | CLASSIFIERS | MASKED | ENCODERS
+ALL = DECODERS | CLASSIFIERS | SPANS | MASKED | ENCODERS

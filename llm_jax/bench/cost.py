@@ -1,4 +1,4 @@
-"""What a step must read and compute at least, from a model's shapes; and what the machine can read."""
+"""What a decode step must read at least, from a model's shapes; and what the machine can read."""
 
 import time
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.models import Model
-from llm_jax.tree import flatten, num_bytes, num_elements
+from llm_jax.tree import flatten, num_bytes
 
 
 def decode_bytes(model: Model, batch: int, context: int) -> int:
@@ -22,19 +22,6 @@ def decode_bytes(model: Model, batch: int, context: int) -> int:
     slots = sum(min(w, context) if w else context for w in cfg.layer_windows)
     itemsize = jnp.dtype(cfg.cache_dtype).itemsize
     return weights + batch * slots * cfg.num_kv_heads * cfg.head_dim * 2 * itemsize
-
-
-def forward_flops(model: Model, tokens: int, context: int) -> int:
-    """Multiply-adds, times two, of a forward pass over `tokens` tokens that see `context` keys each."""
-    cfg = model.config
-    tables = ("embed/tokens", "embed/positions", "embed/types")
-    matrices = sum(
-        num_elements(s) for path, s in flatten(model.shapes).items() if path not in tables and s.ndim > 1
-    )
-    if cfg.tie_embeddings:
-        matrices += cfg.vocab_size * cfg.embed_dim
-    attention = 2 * cfg.num_layers * cfg.num_heads * cfg.head_dim * context
-    return 2 * tokens * (matrices + attention)
 
 
 def read_bandwidth(megabytes: int = 512, repeats: int = 7) -> float:

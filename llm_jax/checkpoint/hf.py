@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 _BLOCK = 16 << 20  # bytes of a file that are in memory at a time
 _ALIGNMENT = 64  # bytes; XLA:CPU uses a host buffer in place when it is aligned so
-_HEADS = ("lm_head/", "classifier/", "pooler/")
+_HEADS = ("lm_head/", "classifier/", "pooler/", "span/")
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "1_Pooling/*")
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _POOLING_MODES = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "last": "lasttoken"}

@@ -16,9 +16,11 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from llm_jax.checkpoint.store import latest_step, restore_params
-from llm_jax.config import ModelConfig, from_dict, to_dict
+from llm_jax.checkpoint.hf import load_hf, resolve
+from llm_jax.checkpoint.store import check_step, latest_step, restore_params
+from llm_jax.config import MAY_CHANGE, LoraConfig, ModelConfig, from_dict, to_dict
 from llm_jax.models import Model, Params, describe
+from llm_jax.models.lora import LoraModel
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -40,7 +42,8 @@ def begin_run(workdir: str | Path, config: Any, model: ModelConfig | None) -> No
 
     config: the dataclass of all settings. model: the model as it is built from them and the data,
     None where the run has no `ModelConfig`.
-    Raises ValueError that lists the settings in which the run in `workdir` differs.
+    Raises ValueError that lists the settings in which the run in `workdir` differs, but for those that
+    decide nothing of what is computed (`config.MAY_CHANGE`).
     """
     path = Path(workdir) / "config.json"
     wanted = {"config": to_dict(config), "model": to_dict(model)}
@@ -52,6 +55,7 @@ def begin_run(workdir: str | Path, config: Any, model: ModelConfig | None) -> No
             f"  {key}: {there.get(key, missing)!r} there, {here.get(key, missing)!r} here"
             for key in sorted(there.keys() | here.keys())
             if there.get(key, missing) != here.get(key, missing)
+            and key.removeprefix("config.") not in MAY_CHANGE
         ]
         if differences:
             raise ValueError(
@@ -66,10 +70,12 @@ def begin_run(workdir: str | Path, config: Any, model: ModelConfig | None) -> No
 
 
 def load_trained(path: str | Path, mesh: Mesh, *, param_dtype: str = "") -> Trained:
-    """The model in a workdir (its newest step) or in WORKDIR/checkpoints/<step>, sharded over `mesh`.
+    """The model in a workdir (its newest whole step) or WORKDIR/checkpoints/<step>, sharded over `mesh`.
 
-    The moving average of the parameters is taken where the run kept one. param_dtype: "" takes the
-    backend's default. Raises FileNotFoundError when there is no run or no checkpoint in it.
+    The moving average of the parameters is taken where the run kept one; adapters are merged into the
+    weights that they were trained beside. param_dtype: "" takes the backend's default. Raises
+    FileNotFoundError when there is no run or no checkpoint in it, ValueError when the checkpoint is
+    damaged.
     """
     path = Path(path)
     chosen = path.name.isdigit() and path.parent.name == "checkpoints"
@@ -83,10 +89,24 @@ def load_trained(path: str | Path, mesh: Mesh, *, param_dtype: str = "") -> Trai
     config = from_dict(ModelConfig, run["model"], "model")
     model = describe(dataclasses.replace(config, param_dtype=param_dtype or config.param_dtype))
     directory = workdir / "checkpoints" / str(step)
+    if chosen and directory.is_dir():
+        check_step(workdir / "checkpoints", step)
     item = "ema" if (directory / "ema").is_dir() else "params"
-    params = restore_params(directory, model, mesh, item=item)
+    if run["config"].get("lora") is None:
+        params = restore_params(directory, model, mesh, item=item)
+    else:
+        lora = LoraModel(model, from_dict(LoraConfig, run["config"]["lora"], "lora"))
+        base = _load_base(run["config"]["init_from"], model, mesh)
+        params = lora.merge(restore_params(directory, lora, mesh, item=item), base)
     longest = run["config"].get("max_tokens", config.max_positions)
     return Trained(model, params, workdir / "tokenizer", config.labels, step, longest)
+
+
+def _load_base(path: str, model: Model, mesh: Mesh) -> Params:
+    """The weights that adapters were trained beside: of a workdir, or a Hugging Face directory."""
+    if (Path(path) / "checkpoints").is_dir():
+        return load_trained(path, mesh, param_dtype=model.config.param_dtype).params
+    return load_hf(resolve(path), model, mesh)
 
 
 def git_revision() -> str | None:

@@ -4,6 +4,7 @@ From tokenizer.json; from the older vocabulary files of GPT-2, RoBERTa, Qwen2 an
 the same pipeline is built; and over bytes alone, for tests.
 """
 
+import dataclasses
 import gzip
 import json
 import types
@@ -62,6 +63,16 @@ _QWEN2_PATTERN = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two texts as one sequence of T tokens; the second one, or a window of it, can be read back."""
+
+    ids: list[int]
+    types: list[int]  # segment of each token, as the tokenizer's template has it
+    in_second: list[bool]  # whether a token is of the second text (special tokens are of none)
+    offsets: list[tuple[int, int]]  # characters [start, end) of a token in its text
+
+
 class FastTokenizer(Tokenizer):
     """A `tokenizers.Tokenizer` with the options that its directory states.
 
@@ -91,6 +102,27 @@ class FastTokenizer(Tokenizer):
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         check_text(text)
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def encode_pair(
+        self, first: str, second: str, *, max_tokens: int, first_tokens: int, overlap: int
+    ) -> list[Pair]:
+        """`first` with each of the windows of `second` that it takes to read all of it.
+
+        Each has at most `max_tokens` with the special tokens that the model expects around a pair; two
+        neighbouring windows share `overlap` tokens. Of `first` no more than `first_tokens` are taken.
+        Raises ValueError where no room, or no more than the overlap, is left for a window.
+        """
+        one, two = (self._backend.encode(text, add_special_tokens=False) for text in (first, second))
+        one.truncate(first_tokens)
+        room = max_tokens - len(one.ids) - self._backend.num_special_tokens_to_add(True)
+        if room <= overlap:
+            raise ValueError(
+                f"max_tokens={max_tokens}: {room} are left for a window beside {first[:40]!r}; expected "
+                f"more than the overlap={overlap} of two windows"
+            )
+        two.truncate(room, stride=overlap)
+        whole = [self._backend.post_process(one, window) for window in (two, *two.overflowing)]
+        return [Pair(e.ids, e.type_ids, [s == 1 for s in e.sequence_ids], e.offsets) for e in whole]
 
     def id_to_piece(self, id_: int) -> str:
         piece = self._backend.id_to_token(id_) if id_ >= 0 else None

@@ -50,6 +50,11 @@ class BatchOrder:
         self.lengths = lengths
         self.epoch = functools.lru_cache(maxsize=2)(self._epoch)
 
+    @property
+    def fingerprint(self) -> dict[str, int]:
+        """What the order is a function of: a run is resumed only where it is the same."""
+        return {"records": self.num_records, "batch_size": self.batch_size, "seed": self.seed}
+
     def indices(self, step: int) -> np.ndarray:
         """Record indices [B] of global batch `step`."""
         if step < 0:
@@ -94,6 +99,10 @@ class PackedLoader:
     def steps_per_epoch(self) -> float:
         return self.order.num_records / self.order.batch_size
 
+    @property
+    def fingerprint(self) -> dict[str, int]:
+        return self.order.fingerprint
+
     def __call__(self, step: int) -> Batch:
         indices = self.order.indices(step)[self.part]
         return {name: values[indices] for name, values in self.rows.items()}
@@ -132,6 +141,10 @@ class ExampleLoader:
     @property
     def steps_per_epoch(self) -> float:
         return self.order.num_records / self.order.batch_size
+
+    @property
+    def fingerprint(self) -> dict[str, int]:
+        return self.order.fingerprint
 
     def __call__(self, step: int) -> Batch:
         examples = [self.examples[i] for i in self.order.indices(step)]

@@ -13,19 +13,26 @@ Batch = dict[str, np.ndarray]
 NO_TARGET = -1  # what the loss leaves out
 
 
-def pack(documents: Iterable[Sequence[int]], length: int) -> Batch:
+def pack(
+    documents: Iterable[Sequence[int]],
+    length: int,
+    trained: Iterable[Sequence[bool]] | None = None,
+) -> Batch:
     """Rows {"tokens", "targets", "segment_ids", "positions"}, each [R, length], of whole documents.
 
     A document longer than a row is cut into pieces of `length` tokens; pieces are placed by best-fit
     decreasing, so that no other document is cut (Ding et al. 2024, "Fewer Truncations Improve Language
     Modeling"). Each piece is a segment of its own. A token's target is the next token of its document,
     also across a cut; a document's last token has none.
+    trained: for each document, which of its tokens may be targets (fine-tuning on answers only).
 
-    Raises ValueError when there is no token at all, or a negative id.
+    Raises ValueError when there is no token at all, a negative id, or a document whose tokens and
+    `trained` differ in number.
     """
     if length < 1:
         raise ValueError(f"length={length}: expected a positive number of tokens per row")
-    parts = [part for part in (np.asarray(d, np.int32) for d in documents) if part.size]
+    given = [np.asarray(document, np.int32) for document in documents]
+    parts = [part for part in given if part.size]
     if not parts:
         raise ValueError("documents hold no tokens; expected at least one document that is not empty")
     tokens = np.concatenate(parts)
@@ -34,6 +41,11 @@ def pack(documents: Iterable[Sequence[int]], length: int) -> Batch:
     document_sizes = np.array([part.size for part in parts])
     targets = np.roll(tokens, -1)
     targets[np.cumsum(document_sizes) - 1] = NO_TARGET
+    if trained is not None:
+        masks = [np.asarray(mask, bool) for mask in trained]
+        if [mask.size for mask in masks] != [document.size for document in given]:
+            raise ValueError("trained must have one value for each token of each document")
+        targets[np.roll(~np.concatenate(masks), -1)] = NO_TARGET
 
     sizes = _piece_sizes(document_sizes, length)
     rows, columns, segments = _best_fit(sizes, length)
@@ -74,6 +86,21 @@ def pad_batch(sequences: Sequence[Sequence[int]], length: int, pad_id: int = 0) 
         "segment_ids": filled.astype(np.int32),
         "positions": np.where(filled, columns, 0),
     }
+
+
+def row_batches(rows: Batch, batch_size: int) -> list[Batch]:
+    """All packed rows once; what the last batch lacks is filled with padding that carries no loss."""
+    count = len(rows["tokens"])
+    fill = {"targets": NO_TARGET}
+    lacking = -count % batch_size
+    padded = {
+        name: np.pad(v, ((0, lacking),) + ((0, 0),) * (v.ndim - 1), constant_values=fill.get(name, 0))
+        for name, v in rows.items()
+    }
+    return [
+        {name: values[start : start + batch_size] for name, values in padded.items()}
+        for start in range(0, count, batch_size)
+    ]
 
 
 def batches_by_length(

@@ -1,29 +1,44 @@
-"""Texts and labelled texts from plain text, JSONL, TSV and CSV files.
+"""Texts and labelled texts from plain text, JSONL, TSV, CSV and Parquet files, near or far.
 
 The format follows the suffix: `.txt` plain text, `.jsonl` one JSON object per line, `.tsv` a header
-line and TAB between columns with no quoting, `.csv` RFC 4180 with a header line. Everything is UTF-8
-(a byte order mark is allowed). Nothing is skipped or repaired in silence: what cannot be read raises
-ValueError that opens with `file:line:`.
+line and TAB between columns with no quoting, `.csv` RFC 4180 with a header line, `.parquet`. Behind it
+may stand `.gz`, `.bz2`, `.xz` or `.zst`. Text is UTF-8 (a byte order mark is allowed). A path is a local
+one or a URL that fsspec opens, such as gs://bucket/file.jsonl.gz; a folder or a pattern with `*` stands
+for all such files in it. Files are read as a stream: none is ever held whole.
+
+Nothing is skipped or repaired in silence: what cannot be read raises ValueError that opens with
+`file:line:` (Parquet: the number of the row).
 """
 
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
+import fsspec
 import numpy as np
 
 from llm_jax.config import nearest
 
 Record = tuple[int, Mapping[str, Any]]  # line where the record starts, counted from 1; its fields
 
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+
 
 def read_texts(
     paths: str | Path | Sequence[str | Path], *, field: str = "text", split: str = "line"
 ) -> list[str]:
-    """The documents of one or several files, in order.
+    """The documents of one or several files, in order: `iter_texts` as a list."""
+    return list(iter_texts(paths, field=field, split=split))
+
+
+def iter_texts(
+    paths: str | Path | Sequence[str | Path], *, field: str = "text", split: str = "line"
+) -> Iterator[str]:
+    """The documents of one or several files, in order, one at a time.
 
     split: what a document is in a plain text file: "line" (each line that is not blank), "blank"
         (blocks of lines separated by blank lines) or "file". The other formats hold one document per
@@ -34,18 +49,47 @@ def read_texts(
     """
     if split not in _SPLITS:
         raise ValueError(f"split={split!r}: expected one of {tuple(_SPLITS)}")
-    documents = []
-    for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
-        if path.suffix.lower() == ".txt":
-            texts = _SPLITS[split](_decode(path))
-        else:
-            texts = [_text(path, line, record, field) for line, record in read_records(path)]
-        if not texts:
-            raise ValueError(f"{path}:1: the file holds no documents")
-        documents += texts
-    if not documents:
+    paths = [paths] if isinstance(paths, (str, Path)) else paths
+    if not paths:
         raise ValueError("paths is empty; expected one or more files")
-    return documents
+    return _documents([file for path in paths for file in data_files(path)], field, split)
+
+
+def _documents(files: Sequence[str], field: str, split: str) -> Iterator[str]:
+    for path in files:
+        if _suffix(path) == ".txt":
+            texts = _SPLITS[split](line for _, line in _lines(path))
+        else:
+            texts = (_text(path, line, record, field) for line, record in read_records(path))
+        count = 0
+        for text in texts:
+            count += 1
+            yield text
+        if not count:
+            raise ValueError(f"{path}:1: the file holds no documents")
+
+
+def data_files(path: str | Path) -> list[str]:
+    """The files that a path stands for: the file itself, or those of a folder or a pattern, sorted.
+
+    Of a folder these are the files of a format that can be read, in its subfolders too. Raises
+    ValueError when there is none, or nothing to open such a path with.
+    """
+    path = str(path)
+    try:
+        system, name = fsspec.url_to_fs(path)
+    except (ImportError, ValueError) as error:  # an unknown protocol, or its package is missing
+        raise ValueError(f"{path}: {error}; a local path has no '://' in it") from error
+    if "*" in name:
+        found = system.glob(name)
+    elif system.isdir(name):
+        found = system.find(name)
+    else:
+        return [path]
+    names = sorted(str(name) for name in found if _suffix(str(name)) in _SUFFIXES)
+    if not names:
+        raise ValueError(f"{path}: no file in it ends in one of {_SUFFIXES}")
+    return [system.unstrip_protocol(name) for name in names] if "://" in path else names
 
 
 def read_labelled(
@@ -62,7 +106,7 @@ def read_labelled(
 
     Raises ValueError with file and line as `read_texts` does, and for a label outside `labels`.
     """
-    path = Path(path)
+    path = str(path)
     texts, names, lines = [], [], []
     for line, record in read_records(path):
         texts.append(_text(path, line, record, text_field))
@@ -81,7 +125,7 @@ def read_labelled(
 
 
 def find_table(folder: Path, stem: str) -> Path:
-    """The one JSONL, TSV or CSV file of that stem in a folder; ValueError unless there is just one."""
+    """The one table or JSONL file of that stem in a folder; ValueError unless there is just one."""
     found = [folder / f"{stem}{suffix}" for suffix in _READERS if (folder / f"{stem}{suffix}").is_file()]
     if len(found) != 1:
         names = " or ".join(f"{stem}{suffix}" for suffix in _READERS)
@@ -93,50 +137,94 @@ def find_table(folder: Path, stem: str) -> Path:
 
 
 def read_records(path: str | Path) -> Iterator[Record]:
-    """(line, {field: value}) of each record of a JSONL, TSV or CSV file; table values are strings."""
-    path = Path(path)
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise ValueError(f"{path}: cannot read fields from {path.suffix!r}; expected {tuple(_READERS)}")
-    return reader(path, _decode(path))
+    """(line, {field: value}) of each record of a table or JSONL; values of TSV and CSV are strings."""
+    path = str(path)
+    suffix = _suffix(path)
+    if suffix not in _READERS:
+        raise ValueError(f"{path}: cannot read fields from {suffix!r}; expected {tuple(_READERS)}")
+    return _READERS[suffix](path)
 
 
-def _decode(path: Path) -> str:
-    data = path.read_bytes()
+def _suffix(path: str) -> str:
+    """What names the format, in lower case: `.jsonl` of a.JSONL.gz."""
+    name = PurePosixPath(path)
+    return (name.with_suffix("") if name.suffix.lower() in _COMPRESSED else name).suffix.lower()
+
+
+def _open(path: str) -> BinaryIO:
+    """The bytes of a file, decompressed as its name says."""
+    zstd = path.lower().endswith(".zst")
+    system, name = fsspec.url_to_fs(path)
+    file = system.open(name, "rb", compression=None if zstd else "infer")
+    if not zstd:
+        return file
+    try:  # fsspec would use zstandard, which takes a file that was cut short for a whole one
+        from pyarrow import CompressedInputStream
+    except ImportError as error:
+        raise ValueError(f"{path}: .zst needs pyarrow: pip install 'llm_jax[data]'") from error
+    return CompressedInputStream(file, "zstd")
+
+
+def _lines(path: str, newline: str = "\n") -> Iterator[tuple[int, str]]:
+    """(number from 1, line with its end). By default lines end in LF only: not at U+2028, U+0085, ..."""
     try:
-        return data.decode("utf-8-sig")
+        with _open(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline=newline) as text:
+            for number, line in enumerate(text, 1):
+                if "\0" in line:
+                    raise ValueError(f"{path}:{number}: NUL in the text, as in UTF-16; convert to UTF-8")
+                yield number, line
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}:{line}: byte {data[error.start]:#04x} is not UTF-8; convert the file to UTF-8 first"
-        ) from error
+        raise ValueError(_undecodable(path)) from error
+    except FileNotFoundError:
+        raise
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read, it may be damaged or cut short: {error}") from error
 
 
-def _lines(text: str) -> list[str]:
-    """Lines ended by LF or CRLF only: `str.splitlines` would also cut at U+2028, U+0085, FF, ..."""
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    return lines if lines[-1] else lines[:-1]
+def _undecodable(path: str) -> str:
+    """What to say of a file that is not UTF-8: a decoder of blocks does not know the line."""
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                byte = line[error.start]
+                return f"{path}:{number}: byte {byte:#04x} is not UTF-8; convert the file to UTF-8 first"
+    return f"{path}: not UTF-8"
 
 
-def _blocks(text: str) -> list[str]:
-    blocks: list[list[str]] = [[]]
-    for line in _lines(text):
+def _stripped(lines: Iterable[str]) -> Iterator[str]:
+    """Lines without LF or CRLF."""
+    return (line.removesuffix("\n").removesuffix("\r") for line in lines)
+
+
+def _blocks(lines: Iterable[str]) -> Iterator[str]:
+    block: list[str] = []
+    for line in _stripped(lines):
         if line.strip():
-            blocks[-1].append(line)
-        elif blocks[-1]:
-            blocks.append([])
-    return ["\n".join(block) for block in blocks if block]
+            block.append(line)
+        elif block:
+            yield "\n".join(block)
+            block = []
+    if block:
+        yield "\n".join(block)
+
+
+def _whole(lines: Iterable[str]) -> Iterator[str]:
+    text = "".join(lines)
+    if text.strip():
+        yield text
 
 
 _SPLITS = {
-    "line": lambda text: [line for line in _lines(text) if line.strip()],
+    "line": lambda lines: (line for line in _stripped(lines) if line.strip()),
     "blank": _blocks,
-    "file": lambda text: [text] if text.strip() else [],
+    "file": _whole,
 }
 
 
-def _jsonl(path: Path, text: str) -> Iterator[Record]:
-    for number, line in enumerate(_lines(text), 1):
+def _jsonl(path: str) -> Iterator[Record]:
+    for number, line in _lines(path):
         if not line.strip():
             continue
         try:
@@ -148,16 +236,17 @@ def _jsonl(path: Path, text: str) -> Iterator[Record]:
         yield number, record
 
 
-def _tsv(path: Path, text: str) -> Iterator[Record]:
-    return _table(path, ((n, line.split("\t")) for n, line in enumerate(_lines(text), 1)))
+def _tsv(path: str) -> Iterator[Record]:
+    lines = _stripped(line for _, line in _lines(path))
+    return _table(path, ((number, line.split("\t")) for number, line in enumerate(lines, 1)))
 
 
-def _csv(path: Path, text: str) -> Iterator[Record]:
-    return _table(path, _csv_rows(path, text))
+def _csv(path: str) -> Iterator[Record]:
+    return _table(path, _csv_rows(path))
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _csv_rows(path: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader((line for _, line in _lines(path, newline="")), strict=True)
     line = 1  # of the first line of the row; a quoted field may span several
     try:
         for row in reader:
@@ -168,7 +257,23 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
         raise ValueError(f"{path}:{line}: not CSV: {error}") from error
 
 
-def _table(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[Record]:
+def _parquet(path: str) -> Iterator[Record]:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ValueError(f"{path}: Parquet needs pyarrow: pip install 'llm_jax[data]'") from error
+    number = 0
+    with _open(path) as file:
+        try:
+            for batch in ParquetFile(file).iter_batches(batch_size=1024):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, record
+        except (ValueError, OSError) as error:  # pyarrow raises these of damaged files
+            raise ValueError(f"{path}:{number + 1}: not Parquet, or damaged: {error}") from error
+
+
+def _table(path: str, rows: Iterator[tuple[int, list[str]]]) -> Iterator[Record]:
     _, header = next(rows, (1, []))
     if not any(header):
         raise ValueError(f"{path}:1: expected a header line with the names of the columns")
@@ -180,11 +285,12 @@ def _table(path: Path, rows: Iterator[tuple[int, list[str]]]) -> Iterator[Record
         yield line, dict(zip(header, row, strict=True))
 
 
-_READERS = {".jsonl": _jsonl, ".tsv": _tsv, ".csv": _csv}
+_READERS = {".jsonl": _jsonl, ".tsv": _tsv, ".csv": _csv, ".parquet": _parquet}
+_SUFFIXES = (".txt", *_READERS)
 
 
-def _field(path: Path, line: int, record: Mapping[str, Any], name: str) -> Any:
-    """record[name], or the one field whose name differs from it only in case."""
+def record_field(path: str | Path, line: int, record: Mapping[str, Any], name: str) -> Any:
+    """record[name], or the one field whose name differs only in case; ValueError with file and line."""
     if name in record:
         return record[name]
     matches = [key for key in record if key.casefold() == name.casefold()]
@@ -194,8 +300,8 @@ def _field(path: Path, line: int, record: Mapping[str, Any], name: str) -> Any:
     return record[matches[0]]
 
 
-def _text(path: Path, line: int, record: Mapping[str, Any], name: str) -> str:
-    text = _field(path, line, record, name)
+def _text(path: str, line: int, record: Mapping[str, Any], name: str) -> str:
+    text = record_field(path, line, record, name)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{path}:{line}: field {name!r} is {text!r}; expected a text that is not blank")
     try:
@@ -205,8 +311,8 @@ def _text(path: Path, line: int, record: Mapping[str, Any], name: str) -> str:
     return text
 
 
-def _label(path: Path, line: int, record: Mapping[str, Any], name: str) -> str:
-    label = _field(path, line, record, name)
+def _label(path: str, line: int, record: Mapping[str, Any], name: str) -> str:
+    label = record_field(path, line, record, name)
     if isinstance(label, bool) or not isinstance(label, (str, int)) or label == "":
         raise ValueError(f"{path}:{line}: field {name!r} is {label!r}; expected a name or an integer")
     return str(label)

@@ -51,6 +51,10 @@ class Tokenizer(abc.ABC):
     def chat_template(self) -> str | None:
         return self.config.chat_templates.get("default")
 
+    @chat_template.setter
+    def chat_template(self, template: str) -> None:
+        self.config.chat_templates["default"] = template
+
     @property
     def bos_token(self) -> str | None:
         return None if self.bos_id is None else self.id_to_piece(self.bos_id)

@@ -96,6 +96,23 @@ def classification_report(
     }
 
 
+def calibration_error(labels: ArrayLike, probs: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al. 2017): how far confidence is from accuracy, in [0, 1].
+
+    labels [n] integers, probs [n, C]. Examples are grouped by the probability of their likeliest class
+    into `bins` of equal width (a border belongs to the bin below); the distance between a bin's mean
+    probability and its share of right answers counts by the bin's size.
+    """
+    labels = _classes("labels", labels, probs.shape[1])
+    if not len(labels) or labels.shape != probs.shape[:1]:
+        raise ValueError(f"labels of shape {labels.shape}: expected one for each of {len(probs)} rows")
+    confidence = probs.max(axis=1).astype(np.float64)
+    right = probs.argmax(axis=1) == labels
+    group = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    gaps = np.bincount(group, weights=confidence - right, minlength=bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
 def perplexity(nll_sum: float, count: int) -> float:
     """exp(nll_sum / count): nll_sum is the negative log likelihood (nats) summed over `count` tokens."""
     if count <= 0:

@@ -76,18 +76,19 @@ def plot_confusion(
 
 
 def plot_loss(metrics_jsonl: str | Path, path: str | Path) -> None:
-    """Draw the train and evaluation loss of a run's metrics.jsonl against the step.
+    """Draw the losses of a run's metrics.jsonl against the step, and the learning rate below them.
 
-    Lines carry "step" and "train/loss" or "eval/loss". Raises ValueError if no line has either.
+    Lines carry "step" and "train/loss", "eval/loss" or "train/learning_rate". Raises ValueError if no
+    line has a loss.
     """
     records = read_metrics(metrics_jsonl)
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
     train, evaluation = _series(records, "train/loss"), _series(records, "eval/loss")
     if not (train or evaluation):
         raise ValueError(
             f"{metrics_jsonl}: no line has 'train/loss' or 'eval/loss'; is this a run's file?"
         )
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes, below = figure.subplots(2, sharex=True, height_ratios=(3, 1))
     if train:
         axes.plot(*zip(*train, strict=True), color="#4477aa", lw=1.2, label="train")
     if evaluation:
@@ -98,10 +99,14 @@ def plot_loss(metrics_jsonl: str | Path, path: str | Path) -> None:
         axes.set_title(
             f"best evaluation loss {losses[best]:.4g} at step {steps[best]}", loc="left", fontsize=11
         )
-    axes.set(xlabel="step", ylabel="loss")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    axes.set(ylabel="loss")
+    if rates := _series(records, "train/learning_rate"):
+        below.plot(*zip(*rates, strict=True), color="#228833", lw=1.2)
+    below.set(xlabel="step", ylabel="learning rate")
+    for panel in (axes, below):
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
 
 

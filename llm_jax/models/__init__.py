@@ -1,5 +1,5 @@
 """The model: configuration in, pure functions of parameters out."""
 
-from llm_jax.models.describe import Model, Params, describe, init_params
+from llm_jax.models.describe import Model, Params, Trainable, describe, init_params
 
-__all__ = ["Model", "Params", "describe", "init_params"]
+__all__ = ["Model", "Params", "Trainable", "describe", "init_params"]

@@ -6,7 +6,7 @@ jitted step takes as an argument and opens with `model.bind(params)`, an act of 
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,27 @@ class Model:
     def shardings(self, mesh: Mesh) -> Params:
         """NamedSharding of every parameter on `mesh`."""
         return shardings(self.axes, self.shapes, mesh)
+
+
+class Trainable(Protocol):
+    """What training needs of a model: a `Model`, or what stands for one (`LoraModel`)."""
+
+    @property
+    def shapes(self) -> Params: ...
+
+    @property
+    def axes(self) -> Params: ...
+
+    @property
+    def contract(self) -> Params: ...
+
+    def shardings(self, mesh: Mesh) -> Params:
+        """NamedSharding of every parameter that is trained."""
+        ...
+
+    def bind(self, params: Params, *frozen: Params) -> Any:
+        """What an objective calls, with these parameters and those that are not trained in it."""
+        ...
 
 
 @functools.lru_cache(maxsize=64)

@@ -346,6 +346,7 @@ _BERT_HEADS = {
     },
     "untied masked_lm": _paths({"lm_head/bias": "cls.predictions.decoder.bias"}),
     "classifier": _linear("classifier/weight", "classifier/bias", "classifier"),
+    "span": _linear("span/weight", "span/bias", "qa_outputs"),
 }
 _ROBERTA_HEADS = {
     "embedding": {},
@@ -359,6 +360,7 @@ _ROBERTA_HEADS = {
         **_linear("pooler/weight", "pooler/bias", "classifier.dense"),
         **_linear("classifier/weight", "classifier/bias", "classifier.out_proj"),
     },
+    "span": _linear("span/weight", "span/bias", "qa_outputs"),
 }
 _BERT_DEFAULTS = {
     "vocab_size": 30522,
@@ -425,6 +427,7 @@ def _encoder_architectures(stem: str) -> tuple[tuple[str, str], ...]:
         ("masked_lm", f"{stem}ForMaskedLM"),
         ("masked_lm", f"{stem}ForPreTraining"),
         ("classifier", f"{stem}ForSequenceClassification"),
+        ("span", f"{stem}ForQuestionAnswering"),
     )
 
 

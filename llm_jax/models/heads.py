@@ -1,4 +1,4 @@
-"""What is read off the hidden states: vocabulary logits, class logits, sentence vectors.
+"""What is read off the hidden states: vocabulary, class and span logits, sentence vectors.
 
 Letters: B batch, T tokens, D embed, V vocab, C classes.
 """
@@ -84,3 +84,15 @@ class ClassifierHead(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, D] -> logits [B, C] float32."""
         return add_bias(linear(x, self.weight), self.bias).astype(jnp.float32)
+
+
+class SpanHead(nnx.Module):
+    """Logits of each token to be the first, and the last, of an answer (Devlin et al. 2019, 4.2)."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.weight = weight(rngs, (2, cfg.embed_dim), ("classes", "embed"), ("embed",))
+        self.bias = vector(0.0, (2,), ("classes",))
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """hidden [B, T, D] -> logits [B, T, 2] float32: start, end."""
+        return add_bias(linear(hidden, self.weight), self.bias).astype(jnp.float32)

@@ -167,3 +167,41 @@ class Embed(nnx.Module):
             types = jnp.zeros_like(tokens) if token_types is None else token_types
             x += self.types.get_value()[types].astype(self.dtype)
         return x if self.norm is None else self.norm(x)
+
+
+class NgramEmbed(nnx.Module):
+    """Hashed embeddings of the n-grams that end at each token, summed (Bojanowski et al. 2017).
+
+    An n-gram is dropped as a whole while training: what only one text contains is then no sure sign.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        self.orders, self.buckets = cfg.ngram_orders, cfg.ngram_buckets
+        self.rate, self.dtype = cfg.ngram_dropout, jnp.dtype(cfg.compute_dtype)
+        shape = (len(self.orders) * self.buckets, cfg.embed_dim)
+        self.table = weight(rngs, shape, ("ngrams", "embed"), ())
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array, context: AttentionContext) -> jax.Array:
+        """tokens, positions [B, T] int32 -> [B, T, D]."""
+        rows, whole = ngram_rows(tokens, positions, self.orders, self.buckets)
+        present = context.dropout(whole.astype(self.dtype), self.rate, 0, 4)
+        return jnp.sum(self.table.get_value()[rows].astype(self.dtype) * present[..., None], axis=2)
+
+
+def ngram_rows(
+    tokens: jax.Array, positions: jax.Array, orders: tuple[int, ...], buckets: int
+) -> tuple[jax.Array, jax.Array]:
+    """Where to look up the n-grams that end at each token, and whether they lie within its document.
+
+    tokens, positions [B, T] int32 -> table rows [B, T, O] int32, whole [B, T, O] bool.
+    Order o has rows o * buckets to (o + 1) * buckets - 1, an n-gram one of them by a hash of its tokens.
+    """
+    rows, whole = [], []
+    for i, order in enumerate(orders):
+        code = jnp.zeros(tokens.shape, jnp.uint32)
+        for back in range(order):
+            code = (code ^ jnp.roll(tokens, back, axis=1).astype(jnp.uint32)) * jnp.uint32(0x9E3779B1)
+            code ^= code >> jnp.uint32(15)
+        rows.append((code % jnp.uint32(buckets)).astype(jnp.int32) + i * buckets)
+        whole.append(positions >= order - 1)
+    return jnp.stack(rows, axis=2), jnp.stack(whole, axis=2)

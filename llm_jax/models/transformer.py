@@ -4,6 +4,7 @@ Letters: B batch, T tokens, D embed, L layers, V vocab, C classes.
 
     tokens [B, T] -> Embed -> L x Block(Attention -> context.attend, MLP) -> norm -> hidden [B, T, D]
     hidden -> unembed -> logits [B, T, V]   or   -> pooled -> classify -> logits [B, C]
+           or -> spans -> logits [B, T, 2]
 
 Modules only describe: parameters flow as a nested dict, bound to the modules inside a jit
 (llm_jax/models/describe.py). The L blocks are one block with every leaf stacked on a leading layer
@@ -19,14 +20,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm_jax.config import ModelConfig
-from llm_jax.models.heads import ClassifierHead, LMHead, Pooler, pool
-from llm_jax.models.layers import MLP, Attention, Embed, Norm
+from llm_jax.models.heads import ClassifierHead, LMHead, Pooler, SpanHead, pool
+from llm_jax.models.layers import MLP, Attention, Embed, NgramEmbed, Norm
 from llm_jax.ops.attention import AttentionContext
 from llm_jax.ops.rope import frequencies, rotary_tables
 from llm_jax.sharding import shard
 from llm_jax.tree import is_per_layer
 
 Context = TypeVar("Context", bound=AttentionContext)
+
+REMAT = {  # what a layer keeps for its backward pass
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class Block(nnx.Module):
@@ -66,6 +73,7 @@ class Transformer(nnx.Module):
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         self.embed = Embed(cfg, rngs=rngs)
+        self.ngrams = NgramEmbed(cfg, rngs=rngs) if cfg.ngram_orders else None
         stack = nnx.vmap(
             lambda r: Block(cfg, rngs=r),
             transform_metadata={nnx.PARTITION_NAME: "layers", "axes": "layers"},
@@ -75,6 +83,7 @@ class Transformer(nnx.Module):
         self.lm_head = LMHead(cfg, rngs=rngs) if cfg.head in ("lm", "masked_lm") else None
         self.pooler = Pooler(cfg, rngs=rngs) if cfg.pooler else None
         self.classifier = ClassifierHead(cfg, rngs=rngs) if cfg.head == "classifier" else None
+        self.span = SpanHead(cfg, rngs=rngs) if cfg.head == "span" else None
 
     def __call__(
         self,
@@ -85,6 +94,8 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, Context]:
         """tokens, positions, token_types [B, T] int32 -> hidden [B, T, D] and the context after."""
         x = self.embed(tokens, positions, token_types)
+        if self.ngrams is not None:
+            x += self.ngrams(tokens, positions, context)
         x = context.dropout(shard(x, "batch", "seq", "embed"), self.cfg.dropout, 0, 2)
         graphdef, layers = nnx.split(self.layers)
         layers = nnx.to_pure_dict(layers)
@@ -107,6 +118,8 @@ class Transformer(nnx.Module):
                 params, layer, varying = per_layer
                 return block(*carry, params, layer, varying if window is None else window), None
 
+            if self.cfg.remat != "none":
+                body = jax.checkpoint(body, policy=REMAT[self.cfg.remat], prevent_cse=False)
             scanned = (layers, jnp.arange(len(windows)), jnp.asarray(windows, jnp.int32))
             (x, context), _ = jax.lax.scan(body, (x, context), scanned)
         return x if self.norm is None else self.norm(x), context
@@ -128,6 +141,12 @@ class Transformer(nnx.Module):
             raise ValueError(f"head={self.cfg.head!r} has no classes; expected 'classifier'")
         pooled = context.dropout(self.sentence(hidden, mask), self.cfg.dropout, 0, 3)
         return self.classifier(pooled)
+
+    def spans(self, hidden: jax.Array) -> jax.Array:
+        """hidden [B, T, D] -> logits [B, T, 2] float32 of an answer's first and last token."""
+        if self.span is None:
+            raise ValueError(f"head={self.cfg.head!r} finds no answers; expected 'span'")
+        return self.span(hidden)
 
     def _rotary(self, positions: jax.Array) -> list[tuple[jax.Array, jax.Array]] | None:
         """Tables (cos, sin) of full layers and, where they differ, of windowed layers."""

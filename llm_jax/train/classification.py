@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm_jax.checkpoint.workdir import begin_run
-from llm_jax.config import ClassificationConfig
+from llm_jax.config import ClassificationConfig, TrainConfig
 from llm_jax.data.loader import ExampleLoader, Transform, to_device
 from llm_jax.data.packing import Batch, batches_by_length, length_buckets
 from llm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -23,7 +23,8 @@ from llm_jax.data.tasks import Example, classification_examples, encode_within, 
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.data.train_tokenizer import train_sentencepiece
 from llm_jax.models import Model, Params, describe
-from llm_jax.train.loop import Task, fit
+from llm_jax.train.loop import Task, fit, make_evaluate
+from llm_jax.train.masked_lm import masked_lm_model, masked_lm_objective, with_trunk
 from llm_jax.train.metrics_log import Record
 from llm_jax.train.objectives import classification_logits, classification_loss
 
@@ -44,10 +45,14 @@ class ClassificationResult:
         return self.probs.argmax(axis=1)
 
     def metrics(self) -> dict[str, float]:
-        """Mean -log p of the right class, and the share of right answers."""
+        """Mean -log p of the right class, the share of right answers, and macro-F1."""
         right = np.take_along_axis(self.probs, self.gold[:, None], axis=1)
         loss = -np.log(np.maximum(right, np.finfo(np.float32).tiny)).mean()
-        return {"eval/loss": float(loss), "eval/accuracy": float((self.gold == self.predicted).mean())}
+        return {
+            "eval/loss": float(loss),
+            "eval/accuracy": float((self.gold == self.predicted).mean()),
+            "eval/macro_f1": _macro_f1(self.gold, self.predicted),
+        }
 
 
 def run(
@@ -61,7 +66,7 @@ def run(
 
     echo: called with every record of metrics.jsonl. Errors in the data name the file and line.
     """
-    workdir, train = Path(workdir), config.train
+    workdir = Path(workdir)
     (texts, gold), held_out, labels = _read(config)
     tokenizer = _tokenizer(config, texts, workdir / "tokenizer")
     encode, longest = tokenizer.encode, config.max_tokens
@@ -78,25 +83,67 @@ def run(
     transform = _augmentation(tokenizer, config)
     lengths = [len(e.tokens) for e in examples + dev]
     buckets = _buckets(longest if transform else max(lengths))
-    loader = ExampleLoader(
-        examples,
-        train.batch_size,
-        train.seed,
-        buckets,
-        transform=transform,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
-    )
-    steps = train.steps or round(train.epochs * loader.steps_per_epoch)
+    loader = _loader(examples, config, buckets, transform)
+    steps = config.steps or round(config.epochs * loader.steps_per_epoch)
     objective = functools.partial(
         classification_loss,
         label_smoothing=config.label_smoothing,
         class_weights=_class_weights(gold, len(labels)) if config.balance_classes else (),
     )
-    predict = make_predict(model, eval_batches(dev, train.batch_size, buckets), labels, mesh)
-    task = Task(model, objective, loader, lambda params: predict(params).metrics())
-    state = fit(task, train, config.optim, mesh, workdir, steps=steps, echo=echo)
+    dev_batches = eval_batches(dev, config.batch_size, buckets)
+    predict = make_predict(model, dev_batches, labels, mesh)
+    start = None
+    if config.pretrain is not None:
+        data = (tokenizer, examples, dev, buckets)
+        start = functools.partial(_pretrain, config, model, *data, mesh, workdir / "pretrain")
+    task = Task(model, objective, loader, lambda params: predict(params).metrics(), start)
+    state = fit(task, config, mesh, workdir, steps=steps, echo=echo)
     return predict(state.best_params)
+
+
+def _pretrain(
+    config: ClassificationConfig,
+    model: Model,
+    tokenizer: Tokenizer,
+    examples: Sequence[Example],
+    dev: Sequence[Example],
+    buckets: Sequence[int],
+    mesh: Mesh,
+    workdir: Path,
+    key: jax.Array,
+) -> Params:
+    """First parameters of the classifier `model`: masked-LM training on the texts, judged on dev.
+
+    The head is drawn with `key`. The training has a workdir of its own, from which it resumes.
+    """
+    stage = config.pretrain
+    assert stage is not None
+    encoder = masked_lm_model(model.config)
+    objective = masked_lm_objective(tokenizer, stage.mask_rate)
+    whole_texts = dataclasses.replace(config, token_dropout=0.0)
+    loader = _loader(examples, stage, buckets, _augmentation(tokenizer, whole_texts))
+    batches = eval_batches(dev, stage.batch_size, buckets)
+    task = Task(encoder, objective, loader, make_evaluate(encoder, objective, batches, mesh))
+    steps = stage.steps or round(stage.epochs * loader.steps_per_epoch)
+    trunk = fit(task, stage, mesh, workdir, steps=steps).best_params
+    return with_trunk(trunk, model, mesh, key)
+
+
+def _loader(
+    examples: Sequence[Example],
+    config: TrainConfig,
+    buckets: Sequence[int],
+    transform: Transform | None,
+) -> ExampleLoader:
+    return ExampleLoader(
+        examples,
+        config.batch_size,
+        config.seed,
+        buckets,
+        transform=transform,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+    )
 
 
 def make_predict(
@@ -132,6 +179,14 @@ def eval_batches(examples: Sequence[Example], batch_size: int, buckets: Sequence
     return batches
 
 
+def _macro_f1(gold: np.ndarray, predicted: np.ndarray) -> float:
+    """Mean of F1 over the classes that occur."""
+    classes = np.unique(np.concatenate([gold, predicted]))[:, None]
+    is_gold, is_predicted = gold == classes, predicted == classes
+    right = (is_gold & is_predicted).sum(axis=1)
+    return float((2.0 * right / (is_gold.sum(axis=1) + is_predicted.sum(axis=1))).mean())
+
+
 def _read(config: ClassificationConfig):
     """((texts, labels), (held-out texts, labels), label names)."""
     path, eval_path = Path(config.data), config.eval_data
@@ -144,7 +199,7 @@ def _read(config: ClassificationConfig):
         eval_texts, eval_gold, _ = read_labelled(eval_path, labels=labels, **fields)
         return (texts, gold), (eval_texts, eval_gold), labels
     rows = list(zip(texts, gold.tolist(), strict=True))
-    sides = split(rows, config.eval_fraction, config.train.seed, text=lambda row: row[0])
+    sides = split(rows, config.eval_fraction, config.seed, text=lambda row: row[0])
     kept, held_out = (tuple(map(list, zip(*side, strict=True))) for side in sides)
     return kept, held_out, labels
 

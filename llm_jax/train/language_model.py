@@ -15,18 +15,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm_jax.checkpoint.workdir import begin_run
-from llm_jax.config import LanguageModelConfig
+from llm_jax.config import DistillConfig, LanguageModelConfig
 from llm_jax.data.joining import join_related
 from llm_jax.data.loader import PackedLoader
-from llm_jax.data.packing import NO_TARGET, Batch, pack
+from llm_jax.data.packing import NO_TARGET, Batch, pack, row_batches
 from llm_jax.data.sources import read_texts
 from llm_jax.data.tasks import documents, split
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.data.train_tokenizer import train_sentencepiece
-from llm_jax.models import describe
+from llm_jax.models import Model, describe, init_params
+from llm_jax.train.distill import Distillation, distillation_loss
 from llm_jax.train.loop import Task, fit, make_evaluate
 from llm_jax.train.metrics_log import Record
 from llm_jax.train.objectives import lm_loss
+from llm_jax.train.pretrained import Pretrained, load_pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,34 +71,41 @@ def run(
 
     echo: called with every record of metrics.jsonl. Errors in the data name the file and line.
     """
-    workdir, train = Path(workdir), config.train
+    workdir = Path(workdir)
     sources = [_read(config, entry) for entry in config.data]
-    texts = [text for source in sources for text in _weighted(source, train.seed)]
+    texts = [text for source in sources for text in _weighted(source, config.seed)]
+    teacher = load_pretrained(config.distill.teacher, mesh, field="teacher") if config.distill else None
+    if teacher is not None:
+        teacher.tokenizer.save(workdir / "tokenizer")
     tokenizer = _tokenizer(config, texts, workdir / "tokenizer")
-    model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+    size = tokenizer.vocab_size if teacher is None else teacher.model.config.vocab_size
+    model_config = dataclasses.replace(config.model, vocab_size=size)
     begin_run(workdir, config, model_config)
     model = describe(dataclasses.replace(model_config, param_dtype="float32"))  # master weights
 
-    kept = [text for source in sources for text in _documents(source, tokenizer, train.seed)]
+    kept = [text for source in sources for text in _documents(source, tokenizer, config.seed)]
     loader = PackedLoader(
         _rows(tokenizer, kept, config.row_tokens),
-        train.batch_size,
-        train.seed,
+        config.batch_size,
+        config.seed,
         host_index=jax.process_index(),
         host_count=jax.process_count(),
     )
-    steps = train.steps or round(train.epochs * loader.steps_per_epoch)
+    steps = config.steps or round(config.epochs * loader.steps_per_epoch)
     objective = functools.partial(lm_loss, chunk=config.loss_chunk)
+    trained = functools.partial(objective, z_loss=config.z_loss)
     held_out = {
-        source.name: _joined(source.held_out, source, tokenizer, train.seed) for source in sources
+        source.name: _joined(source.held_out, source, tokenizer, config.seed) for source in sources
     }
     batches = {
-        name: _batches(_rows(tokenizer, documents, config.row_tokens), train.batch_size)
+        name: row_batches(_rows(tokenizer, documents, config.row_tokens), config.batch_size)
         for name, documents in held_out.items()
     }
     every = [batch for part in batches.values() for batch in part]
-    task = Task(model, objective, loader, make_evaluate(model, objective, every, mesh))
-    state = fit(task, train, config.optim, mesh, workdir, steps=steps, echo=echo)
+    task = Task(model, trained, loader, make_evaluate(model, objective, every, mesh))
+    if config.distill is not None and teacher is not None:
+        task = _distilled(task, model, teacher, config.distill, config.loss_chunk, mesh)
+    state = fit(task, config, mesh, workdir, steps=steps, echo=echo)
 
     def measure(batches: Sequence[Batch], documents: Sequence[str]) -> HeldOut:
         numbers = make_evaluate(model, objective, batches, mesh)(state.best_params)
@@ -115,9 +124,35 @@ def _read(config: LanguageModelConfig, entry: Sequence) -> _Source:
     """The texts of an entry (path, field, weight) or (path, field, weight, join), some held out."""
     path, field, weight, *join = entry
     texts = read_texts(path, field=field) if field else read_texts(path)
-    rest, out = split(texts, config.eval_fraction, config.train.seed, text=lambda text: text)
+    rest, out = split(texts, config.eval_fraction, config.seed, text=lambda text: text)
     name = "/".join([*Path(path).parts[-2:], *filter(None, [field])])
     return _Source(name, rest, out, weight, *(join or [1]))
+
+
+def _distilled(
+    task: Task, student: Model, teacher: Pretrained, config: DistillConfig, chunk: int, mesh: Mesh
+) -> Task:
+    """The same task, learned from a teacher as well; what is evaluated stays the text alone."""
+    width, wanted = student.config.embed_dim, teacher.model.config.embed_dim
+    if config.hidden_weight and width != wanted:
+        raise ValueError(
+            f"distill.hidden_weight={config.hidden_weight}: expected 0, or model.embed_dim={width} "
+            f"equal to the {wanted} of the teacher"
+        )
+    objective = functools.partial(
+        distillation_loss,
+        temperature=config.temperature,
+        weight=config.weight,
+        hidden_weight=config.hidden_weight,
+        chunk=chunk,
+    )
+    return dataclasses.replace(
+        task,
+        model=Distillation(student, teacher.model),
+        objective=objective,
+        start=lambda key: init_params(student, mesh, key),
+        frozen=(teacher.params,),
+    )
 
 
 def _weighted(source: _Source, seed: int) -> list[str]:
@@ -162,15 +197,3 @@ def _tokenizer(config: LanguageModelConfig, texts: Sequence[str], directory: Pat
 def _rows(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> Batch:
     """The documents, each ended by EOS, packed: leaves [R, length]."""
     return pack(documents(texts, tokenizer.encode, tokenizer.eos_id), length)
-
-
-def _batches(rows: Batch, batch_size: int) -> list[Batch]:
-    """All rows once; what the last batch lacks is filled with padding that carries no loss."""
-    count = len(rows["tokens"])
-    fill = {"targets": NO_TARGET}
-    empty = ((0, -count % batch_size), (0, 0))
-    padded = {k: np.pad(v, empty, constant_values=fill.get(k, 0)) for k, v in rows.items()}
-    return [
-        {name: values[start : start + batch_size] for name, values in padded.items()}
-        for start in range(0, count, batch_size)
-    ]

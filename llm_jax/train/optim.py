@@ -1,6 +1,7 @@
-"""The optimizer from its config: AdamW with a schedule, decay where it belongs, and clipping."""
+"""The optimizer from its config: a rule by name, decay where it belongs, a schedule, and clipping."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -8,7 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from llm_jax.config import OptimConfig
-from llm_jax.models import Model, Params
+from llm_jax.models import Params, Trainable
+from llm_jax.sharding import is_axes
+
+ADAMW_RMS = 0.2  # of an update of AdamW; Muon's are given the same (Liu et al. 2025, arXiv:2502.16982)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,11 +24,15 @@ class Optimizer:
     ema_decay: float  # 0 = no average is kept
 
 
-def make_optimizer(config: OptimConfig, model: Model, steps: int) -> Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) for a run of `steps` updates of this model's parameters."""
+def make_optimizer(config: OptimConfig, model: Trainable, steps: int) -> Optimizer:
+    """The configured optimizer for a run of `steps` updates of this model's parameters.
+
+    Every rule gives a direction; decay is added to it afterwards (decoupled), and both are scaled by the
+    learning rate. Raises ValueError for Muon where the model has no stacked matrices.
+    """
     schedule = make_schedule(config, steps)
     parts = [
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        _RULES[config.optimizer](config, model),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask(model)),
         optax.scale_by_learning_rate(schedule),
     ]
@@ -34,19 +42,24 @@ def make_optimizer(config: OptimConfig, model: Model, steps: int) -> Optimizer:
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Linear warmup from 0, then the named decay, which ends at step `steps`."""
+    """Linear warmup from 0, then the named decay, which ends at step `steps`.
+
+    wsd (warmup, stable, decay): Hu et al. 2024, arXiv:2404.06395, with a linear decay.
+    """
     peak, end = config.learning_rate, config.learning_rate * config.final_fraction
     warmup = round(config.warmup_fraction * steps)
     rest = max(steps - warmup, 1)
+    decay = max(min(round(config.decay_fraction * steps), rest), 1)
     after = {
         "cosine": optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction),
         "linear": optax.linear_schedule(peak, end, rest),
         "constant": optax.constant_schedule(peak),
+        "wsd": optax.linear_schedule(peak, end, decay, transition_begin=rest - decay),
     }[config.schedule]
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def decay_mask(model: Model) -> Any:
+def decay_mask(model: Trainable) -> Any:
     """Tree of bool: True for the weights of products and the embedding tables.
 
     Judged by the declared axes, because the rank of a stacked leaf says nothing: a bias of the
@@ -57,7 +70,6 @@ def decay_mask(model: Model) -> Any:
         logical = [a for a in axes if a != "layers"]
         return bool(contract) or (len(logical) == 2 and logical[-1] == "embed")
 
-    is_axes = lambda a: isinstance(a, tuple)  # noqa: E731
     return jax.tree.map(decays, model.axes, model.contract, is_leaf=is_axes)
 
 
@@ -69,3 +81,87 @@ def update_average(average: Params, params: Params, step: jax.Array, decay: floa
     done = step.astype(jnp.float32)
     rate = jnp.minimum(decay, (1.0 + done) / (10.0 + done))
     return jax.tree.map(lambda a, p: a + (1.0 - rate) * (p - a), average, params)
+
+
+def _adam(config: OptimConfig, _: Trainable) -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+
+
+def _lion(config: OptimConfig, _: Trainable) -> optax.GradientTransformation:
+    return optax.scale_by_lion(b1=config.b1, b2=config.b2)
+
+
+def _sgd(config: OptimConfig, _: Trainable) -> optax.GradientTransformation:
+    return optax.trace(decay=config.momentum)
+
+
+def _muon(config: OptimConfig, model: Trainable) -> optax.GradientTransformation:
+    """Orthogonalized momentum for the matrices of the layers, each on its own; Adam for all else.
+
+    A matrix is what the declared axes say: wq, an array [L, N, H, D], is L matrices [N H, D].
+    """
+
+    def label(axes: tuple[str, ...], contract: tuple[str, ...]) -> str:
+        return "matrices" if "layers" in axes and contract else "others"
+
+    labels = jax.tree.map(label, model.axes, model.contract, is_leaf=is_axes)
+    if "matrices" not in jax.tree.leaves(labels):
+        raise ValueError("optim.optimizer='muon': expected a model with stacked layers; use 'adamw'")
+
+    def numbers(axes: tuple[str, ...], contract: tuple[str, ...], label: str) -> Any:
+        if label != "matrices":
+            return optax.MaskedNode()
+        first = len(axes) - len(contract)  # weights are "out, in"
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, len(axes))), tuple(range(1, first)))
+
+    sides = jax.tree.map(numbers, model.axes, model.contract, labels, is_leaf=is_axes)
+
+    def match_adamw(updates: Params, _: Params | None) -> Params:
+        def scaled(u, dims):
+            width, height = (math.prod(u.shape[i] for i in axes) for axes in dims)
+            return u * (ADAMW_RMS * max(width, height) ** 0.5)
+
+        return jax.tree.map(scaled, updates, sides)
+
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=sides),
+        optax.stateless(match_adamw),
+    )
+    return optax.partition({"matrices": muon, "others": _adam(config, model)}, labels)
+
+
+def _adafactor(_: OptimConfig, model: Trainable) -> optax.GradientTransformation:
+    """Second moments by row and column, updates clipped and relative to the size of their parameter.
+
+    As in the paper for each matrix of each layer, which a stack of weights with several axes hides: a
+    leaf becomes [L, out, in] or a vector [L, n] first, and the rule is applied to each layer.
+    """
+    rule = optax.chain(
+        optax.scale_by_factored_rms(min_dim_size_to_factor=1),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
+    )
+    each_layer = optax.GradientTransformation(jax.vmap(rule.init), jax.vmap(rule.update))
+    labels = jax.tree.map(lambda a: "layers" if "layers" in a else "others", model.axes, is_leaf=is_axes)
+    rules = {"layers": each_layer, "others": rule}
+    parts = optax.partition({name: rules[name] for name in set(jax.tree.leaves(labels))}, labels)
+
+    def matrix(
+        x: jax.Array, axes: tuple[str, ...], contract: tuple[str, ...], decays: bool
+    ) -> jax.Array:
+        lead = x.shape[: axes.count("layers")]
+        inner = math.prod(x.shape[x.ndim - max(len(contract), 1) :])
+        return x.reshape(*lead, -1, inner) if decays else x.reshape(*lead, -1)
+
+    def matrices(tree: Params) -> Params:
+        return jax.tree.map(matrix, tree, model.axes, model.contract, decay_mask(model))
+
+    def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        assert params is not None
+        changes, state = parts.update(matrices(updates), state, matrices(params))
+        return jax.tree.map(lambda u, p: u.reshape(p.shape), changes, params), state
+
+    return optax.GradientTransformation(lambda params: parts.init(matrices(params)), update)
+
+
+_RULES = {"adamw": _adam, "adafactor": _adafactor, "lion": _lion, "muon": _muon, "sgd": _sgd}

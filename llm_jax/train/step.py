@@ -1,7 +1,7 @@
 """One optimizer step and one evaluation step, jit-compiled over the mesh.
 
     batch [B, ...] -> `accumulate` parts -> gradient of each part's loss sum, added up
-    -> / total count -> clip, AdamW -> new parameters (and their average)
+    -> / total count -> clip, optimizer -> new parameters (and their average)
 
 Parts add up to exactly the large batch because objectives return sums and counts.
 """
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from llm_jax.models import Model, Params
+from llm_jax.models import Params, Trainable
+from llm_jax.train.bad_loss import RECENT, is_bad
 from llm_jax.train.objectives import Batch, Objective
 from llm_jax.train.optim import Optimizer, update_average
 from llm_jax.train.state import TrainState, state_shardings
@@ -25,19 +26,28 @@ TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str,
 
 
 def make_train_step(
-    model: Model, objective: Objective, optimizer: Optimizer, mesh: Mesh, *, accumulate: int = 1
+    model: Trainable,
+    objective: Objective,
+    optimizer: Optimizer,
+    mesh: Mesh,
+    *,
+    accumulate: int = 1,
+    spike_factor: float = 0.0,
 ) -> TrainStep:
-    """f(state, batch, key) -> (state, metrics); the state is donated, its shardings are kept.
+    """f(state, batch, key, *frozen) -> (state, metrics); the state is donated, its shardings are kept.
 
     batch: leaves [B, ...], B a multiple of `accumulate`. key: one for the whole run; the step's own
     randomness is fold_in(key, state.step), so a resumed run draws what the first would have drawn.
+    frozen: what `model.bind` takes besides what is trained, such as the weights under LoRA.
     metrics: float32 scalars loss, grad_norm (before clipping), learning_rate, tokens and the
-    objective's own.
+    objective's own; and bad, bool: after such a step (llm_jax/train/bad_loss.py) the state is the one
+    before it, but for the count of steps.
     """
 
-    def step(state: TrainState, batch: Batch, key: jax.Array):
+    def step(state: TrainState, batch: Batch, key: jax.Array, *frozen: Params):
         key = jax.random.fold_in(key, state.step)
-        grads, loss, metrics = _gradient(model, objective, state.params, batch, key, accumulate)
+        bind = lambda params: model.bind(params, *frozen)  # noqa: E731
+        grads, loss, metrics = _gradient(bind, objective, state.params, batch, key, accumulate)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 counts with floats
             updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
             learning_rate = jnp.asarray(optimizer.schedule(state.step), jnp.float32)
@@ -45,13 +55,19 @@ def make_train_step(
         average = state.ema
         if average is not None:
             average = update_average(average, params, state.step, optimizer.ema_decay)
+        norm = _norm(grads)
+        bad = is_bad(loss, norm, state.losses, spike_factor)
+        losses = state.losses.at[state.step % RECENT].set(loss)
+        new = TrainState(state.step, params, opt_state, average, losses)
+        new = jax.tree.map(lambda old, new: jnp.where(bad, old, new), state, new)
         metrics |= {
             "loss": loss,
-            "grad_norm": _norm(grads),
+            "bad": bad,
+            "grad_norm": norm,
             "learning_rate": learning_rate,
             "tokens": jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32),
         }
-        return TrainState(state.step + 1, params, opt_state, average), metrics
+        return dataclasses.replace(new, step=state.step + 1), metrics
 
     shardings = state_shardings(model, optimizer, mesh)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
@@ -59,19 +75,19 @@ def make_train_step(
 
 
 @functools.lru_cache(maxsize=8)  # several held-out sets share one program
-def make_eval_step(model: Model, objective: Objective, mesh: Mesh) -> Callable:
-    """f(params, batch) -> {name: (sum, count)} with "loss" among the names; no dropout."""
+def make_eval_step(model: Trainable, objective: Objective, mesh: Mesh) -> Callable:
+    """f(params, batch, *frozen) -> {name: (sum, count)} with "loss" among the names; no dropout."""
 
     @jax.jit
-    def step(params: Params, batch: Batch) -> dict[str, tuple[jax.Array, jax.Array]]:
-        loss, count, metrics = objective(model.bind(params), batch, None)
+    def step(params: Params, batch: Batch, *frozen: Params) -> dict[str, tuple[jax.Array, jax.Array]]:
+        loss, count, metrics = objective(model.bind(params, *frozen), batch, None)
         return {"loss": (loss, count)} | metrics
 
     return _OnMesh(step, mesh)
 
 
 def _gradient(
-    model: Model,
+    bind: Callable[[Params], Any],
     objective: Objective,
     params: Params,
     batch: Batch,
@@ -81,7 +97,7 @@ def _gradient(
     """(gradient of the mean loss, mean loss, mean metrics) of a batch computed in parts."""
 
     def loss_sum(params, part, key):
-        loss, count, metrics = objective(model.bind(params), part, key)
+        loss, count, metrics = objective(bind(params), part, key)
         return loss, (loss, count, metrics)
 
     def part_sums(part, index):

@@ -9,7 +9,7 @@ import pytest
 
 from llm_jax.checkpoint import store
 from llm_jax.checkpoint.workdir import begin_run, load_trained
-from llm_jax.config import ModelConfig, OptimConfig
+from llm_jax.config import ModelConfig, OptimConfig, TrainConfig
 from llm_jax.models import describe
 from llm_jax.sharding import make_mesh
 
@@ -60,9 +60,10 @@ def trained(tmp_path):
     rng = np.random.default_rng(0)
     draw = lambda s: rng.normal(size=s.shape).astype(s.dtype)  # noqa: E731
     params, average = (jax.tree.map(draw, describe(MODEL).shapes) for _ in range(2))
-    with store.open_checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
-        store.save(checkpoints, 5, {"params": params})
-        store.save(checkpoints, 9, {"params": params, "ema": average})
+    rules = {"keep": 2, "keep_best": 0, "best_metric": "eval/loss", "keep_every": 0}
+    with store.open_checkpoints(tmp_path / "checkpoints", **rules) as checkpoints:
+        checkpoints.save(5, {"params": params}, {})
+        checkpoints.save(9, {"params": params, "ema": average}, {})
     return tmp_path, params, average
 
 
@@ -89,5 +90,30 @@ def test_load_trained_says_what_is_missing(tmp_path):
         load_trained(tmp_path / "checkpoints" / "3", make_mesh("data:1"))
     (tmp_path / "config.json").write_text('{"model": ')
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+    with pytest.raises(ValueError, match="no checkpoint is whole"):
         load_trained(tmp_path, make_mesh("data:1"))
+    with pytest.raises(ValueError, match=r"config\.json is not JSON"):
+        load_trained(tmp_path / "checkpoints" / "1", make_mesh("data:1"))
+
+
+def test_a_damaged_checkpoint_is_never_loaded_unnoticed(trained, caplog):
+    workdir = trained[0]
+    mesh = make_mesh("data:1")
+    path = max((workdir / "checkpoints" / "9" / "ema" / "d").iterdir(), key=lambda p: p.stat().st_size)
+    path.write_bytes(bytes(len(path.read_bytes())))
+    assert load_trained(workdir, mesh).step == 5
+    assert "DAMAGED" in caplog.text and path.name in caplog.text
+    with pytest.raises(ValueError, match=f"9 is damaged: ema/.*{path.name}"):
+        load_trained(workdir / "checkpoints" / "9", mesh)
+    (workdir / "checkpoints" / "5" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"(?s)no checkpoint is whole.*/9: .*/5: no manifest"):
+        load_trained(workdir, mesh)
+    assert load_trained(workdir / "checkpoints" / "5", mesh).step == 5, "when it is asked for by name"
+
+
+def test_how_a_run_is_watched_may_change_when_it_is_resumed(tmp_path):
+    train = TrainConfig(optim=SETTINGS, batch_size=4, steps=8)
+    begin_run(tmp_path, train, MODEL)
+    begin_run(tmp_path, dataclasses.replace(train, log_every=1, keep_best=2), MODEL)
+    with pytest.raises(ValueError, match=r"config\.batch_size: 4 there, 2 here"):
+        begin_run(tmp_path, dataclasses.replace(train, batch_size=2), MODEL)

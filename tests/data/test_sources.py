@@ -1,9 +1,17 @@
 """Files become texts and labels; what cannot be read is refused with file and line."""
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
+import sys
+import tracemalloc
 
+import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,6 +56,84 @@ def test_several_files_of_several_formats_in_order(write):
     assert sources.read_texts(paths) == ["one", "二", "three", 'say "four"', "five, and\nsix"]
 
 
+def write_parquet(path, **columns):
+    pyarrow.parquet.write_table(pa.table(columns), path, row_group_size=2)
+    return path
+
+
+def test_parquet_rows_are_records(tmp_path):
+    texts = [f"第{i}行" for i in range(5)]
+    path = write_parquet(tmp_path / "a.parquet", text=texts, label=[0, 1, 0, 1, 1], skipped=[1.5] * 5)
+    assert sources.read_texts(path) == texts
+    assert sources.read_labelled(path)[1].tolist() == [0, 1, 0, 1, 1]
+
+
+PACKERS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": pa.Codec("zstd").compress,
+}
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_compressed_files_are_read_and_cut_ones_refused(write, suffix):
+    lines = [f"{i} 一行 {hash((i, 1))}" for i in range(30_000)]
+    packed = bytes(PACKERS[suffix]("\n".join(lines).encode()))
+    assert sources.read_texts(write(f"a.txt{suffix}", packed)) == lines
+    with pytest.raises(ValueError, match=rf"cut.txt{suffix}"):
+        sources.read_texts(write(f"cut.txt{suffix}", packed[: len(packed) // 2]))
+
+
+@pytest.mark.parametrize("scheme", ["memory://{}", "file://{}"])
+def test_urls_are_opened_by_fsspec(tmp_path, scheme):
+    folder = scheme.format(tmp_path)
+    for name, line in (("b.txt", "two"), ("a.jsonl", '{"text": "one"}'), ("a.md", "no data")):
+        system, file = fsspec.url_to_fs(f"{folder}/deep/{name}", auto_mkdir=True)
+        system.pipe_file(file, line.encode())
+    assert sources.read_texts(f"{folder}/deep/b.txt") == ["two"]
+    # A folder, and a pattern, stand for the data files in them, sorted.
+    assert sources.read_texts(folder) == sources.read_texts(f"{folder}/deep/*") == ["one", "two"]
+    assert sources.data_files(f"{folder}/deep/*.txt") == [f"{folder}/deep/b.txt"]
+    with pytest.raises(ValueError, match="no file in it ends in"):
+        sources.read_texts(f"{folder}/deep/*.csv")
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [("gs://bucket/a.txt", "gcsfs"), ("nowhere://a.txt", "nowhere://a.txt: .*nowhere")],
+)
+def test_urls_that_nothing_opens_are_refused(monkeypatch, url, reason):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as if it was not installed
+    with pytest.raises(ValueError, match=reason):
+        sources.read_texts(url)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.txt.zst"])
+def test_a_missing_package_is_named(write, monkeypatch, name):
+    for missing in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ValueError, match=rf"{name}.*pyarrow: pip install 'llm_jax\[data\]'"):
+        sources.read_texts(write(name, "x"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.tsv", "a.csv", "a.txt.gz"])
+def test_large_files_are_not_held(write, name):
+    """40 MB of texts pass through less than 8 MB."""
+    text = "长" * 10_000
+    row = {".jsonl": f'{{"text": "{text}"}}\n'}.get(name[1:], f"{text}\n")
+    content = ("" if name == "a.jsonl" else "text\n") + row * 1300
+    packed = gzip.compress(content.encode(), 1) if name.endswith(".gz") else content
+    path = write(name, packed)
+    del content, packed
+    tracemalloc.start()
+    try:
+        assert sum(len(text) > 9 for text in sources.iter_texts(path)) == 1300
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
 # Labelled text
 
 
@@ -67,7 +153,7 @@ def test_integer_labels_of_jsonl_are_names(write):
 
 
 # Text that any of the formats can hold in a field, TSV's being the narrowest.
-field = st.text(st.characters(exclude_characters="\t\r\n", exclude_categories=["Cs"]), min_size=1)
+field = st.text(st.characters(exclude_characters="\0\t\r\n", exclude_categories=["Cs"]), min_size=1)
 rows = st.lists(
     st.tuples(field.filter(str.strip), st.sampled_from(["积极", "消极", "中性"])), min_size=1
 )
@@ -112,6 +198,15 @@ def test_every_format_reads_back_what_was_written(tmp_path_factory, rows):
         ("a.jsonl", '{"text": "a", "label": 0.5}', 1, "expected a name or an integer"),
         ("a.jsonl", '{"text": "\\ud800", "label": "b"}', 1, "lone surrogate"),
         ("a.jsonl", "", 1, "no records"),
+        ("a.tsv", "text\tlabel\nok\tpos\n".encode("utf-16"), 1, "0xff is not UTF-8"),
+        ("a.tsv", "text\tlabel\nok\tpos\n".encode("utf-16-le"), 1, "NUL in the text"),
+        (
+            "a.tsv",
+            b"text\tlabel\n" + "好\tpos\n坏\tneg\n".encode() * 9000 + b"\xba\xc3\tpos\n",
+            18002,
+            "0xba",
+        ),
+        ("a.parquet", b"PAR1 and no more", 1, "not Parquet"),
     ],
 )
 def test_labelled_files_are_refused_with_file_and_line(write, name, content, line, reason):
@@ -148,7 +243,9 @@ def test_unknown_split_is_refused(write):
 def test_a_folder_holds_one_table_of_a_name(write, tmp_path):
     write("train.tsv", "text\tlabel\na\t1\n")
     assert sources.find_table(tmp_path, "train") == tmp_path / "train.tsv"
-    with pytest.raises(ValueError, match=r"dev\.jsonl or dev\.tsv or dev\.csv, found none"):
+    with pytest.raises(
+        ValueError, match=r"dev\.jsonl or dev\.tsv or dev\.csv or dev\.parquet, found none"
+    ):
         sources.find_table(tmp_path, "dev")
     write("train.csv", "text,label\na,1\n")
     with pytest.raises(ValueError, match=r"found \['train.tsv', 'train.csv'\]"):

@@ -9,6 +9,7 @@ import pytest
 
 from llm_jax.eval.metrics import (
     accuracy,
+    calibration_error,
     class_scores,
     classification_report,
     confusion_matrix,
@@ -70,6 +71,25 @@ def test_classification_report_is_json_and_agrees():
         "f1": pytest.approx(4 / 7),
         "support": 4,
     }
+
+
+def test_calibration_error_by_hand():
+    # Bins of a tenth: 0.55 is wrong, of 0.65 and 0.7 in one bin the first is right, and so is 1.0.
+    best = np.array([0.55, 0.65, 0.7, 1.0])
+    probs = np.stack([best, 1.0 - best], axis=1)
+    expected = (0.55 + abs(0.65 + 0.7 - 1.0) + 0.0) / 4
+    assert calibration_error([1, 0, 1, 0], probs, bins=10) == pytest.approx(expected)
+
+
+def test_a_calibrated_guess_has_no_calibration_error():
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet([1.0, 1.0, 1.0], 200_000)
+    labels = (rng.random((len(probs), 1)) > probs.cumsum(axis=1)).sum(axis=1)
+    assert calibration_error(labels, probs) < 0.005
+    squared = probs**2 / (probs**2).sum(axis=1, keepdims=True)  # the same guesses, too sure
+    assert calibration_error(labels, squared) > 0.05
+    with pytest.raises(ValueError, match="one for each of 3"):
+        calibration_error([0, 1], probs[:3])
 
 
 def test_perplexity_of_a_uniform_guess_is_the_vocabulary():

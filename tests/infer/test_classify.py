@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from llm_jax.checkpoint.workdir import load_trained
-from llm_jax.config import ClassificationConfig, ModelConfig, OptimConfig, TrainConfig
+from llm_jax.config import ClassificationConfig, ModelConfig, OptimConfig
 from llm_jax.infer.classify import TextClassifier, classify, embed
 from llm_jax.sharding import make_mesh
 from llm_jax.train import classification
@@ -133,8 +133,15 @@ def run(tmp_path_factory):
         max_positions=64,
     )
     data = str(directory / "data.tsv")
-    optim, train = OptimConfig(1e-2), TrainConfig(batch_size=16, steps=30)
-    config = ClassificationConfig(data, model, optim, train, eval_data=data, max_tokens=32)
+    config = ClassificationConfig(
+        data=data,
+        model=model,
+        optim=OptimConfig(1e-2),
+        batch_size=16,
+        steps=30,
+        eval_data=data,
+        max_tokens=32,
+    )
     result = classification.run(config, directory / "work", make_mesh("data:1"))
     return directory / "work", [text for _, text in rows], result
 

@@ -64,6 +64,8 @@ class Ours:
                 out["logits"] = net.unembed(hidden)
             elif self.config.head == "classifier":
                 out["classes"] = net.classify(hidden, mask, context)
+            elif self.config.head == "span":
+                out["spans"] = net.spans(hidden)
             else:
                 out["pooled"] = net.sentence(hidden, mask)
             return out
@@ -92,6 +94,8 @@ def reference(model, texts) -> dict[str, list[np.ndarray]]:
         values = {"hidden": out.hidden_states[-1][0]}
         if "logits" in out:
             values["classes" if out.logits.ndim == 2 else "logits"] = out.logits[0]
+        if "start_logits" in out:
+            values["spans"] = torch.stack([out.start_logits[0], out.end_logits[0]], dim=-1)
         if out.get("pooler_output") is not None:
             values["pooled"] = out.pooler_output[0]
         for name, value in values.items():
@@ -128,7 +132,8 @@ def check(name: str, directory, model, texts) -> None:
 
 # One case of each family in the quick suite, the variants in the slow one.
 QUICK = {"gpt2", "llama rope llama3", "mistral window", "qwen2 windows, yarn", "qwen3 windows, bias"}
-QUICK |= {"gemma2", "gemma3", "bert", "bert masked", "bert classifier", "roberta classifier"}
+QUICK |= {"gemma2", "gemma3", "bert", "bert masked", "bert classifier", "bert span"}
+QUICK |= {"roberta classifier"}
 
 
 @pytest.mark.parametrize(

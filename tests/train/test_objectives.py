@@ -12,7 +12,12 @@ from llm_jax.config import ModelConfig
 from llm_jax.models import describe
 from llm_jax.ops.attention import FullContext
 from llm_jax.sharding import make_mesh
-from llm_jax.train.objectives import classification_logits, classification_loss, lm_loss
+from llm_jax.train.objectives import (
+    classification_logits,
+    classification_loss,
+    lm_loss,
+    masked_lm_loss,
+)
 
 SIZES = {
     "vocab_size": 31,
@@ -102,3 +107,64 @@ def test_dropout_acts_only_with_a_key():
         ]
     )
     assert dropped[0] == dropped[1] and len({float(x) for x in (plain, *dropped)}) == 3
+
+
+class Recorder:
+    """Stands for a network: keeps the tokens it is shown; its logits are drawn from a fixed table."""
+
+    def __init__(self, vocab):
+        self.scores = jnp.asarray(np.random.default_rng(1).normal(size=(64, vocab)), jnp.float32)
+
+    def __call__(self, tokens, positions, context):
+        self.shown = np.asarray(tokens)
+        where = positions[..., None] + 16 * jnp.arange(len(tokens))[:, None, None]
+        return where.astype(jnp.float32), context
+
+    def unembed(self, hidden):
+        return self.scores[hidden[..., 0].astype(jnp.int32) % 64]
+
+
+def masked(rows, length, key, rate=0.15, vocab=1000, mask_id=1000):
+    """(net, batch, result) of one call; the rows have 2 to `length` real tokens."""
+    rng = np.random.default_rng(0)
+    real = np.arange(length)[None] < rng.integers(2, length + 1, (rows, 1))
+    ids = np.where(real, rng.integers(0, vocab, real.shape), 0)
+    positions = np.where(real, np.arange(length), 0)
+    batch = {"tokens": ids, "segment_ids": real, "positions": positions}
+    batch = {name: jnp.asarray(value, jnp.int32) for name, value in batch.items()}
+    net = Recorder(vocab)
+    result = masked_lm_loss(net, batch, key, mask_id=mask_id, vocab_size=vocab, rate=rate)
+    return net, batch, result
+
+
+def test_masked_lm_hides_what_bert_hides():
+    net, batch, (_, count, _) = masked(400, 60, jax.random.key(0))
+    tokens, real = np.asarray(batch["tokens"]), np.asarray(batch["segment_ids"]) > 0
+    wanted = np.maximum(np.round(0.15 * real.sum(1)), 1)
+    assert float(count) == wanted.sum()
+    hidden, changed = net.shown == 1000, net.shown != tokens
+    assert not changed[~real].any()
+    assert (changed.sum(1) <= wanted).all()
+    # Binomial: 0.8 and 0.1 of about 1,900 targets, within four standard deviations
+    assert abs(hidden.sum() / wanted.sum() - 0.8) < 4 * (0.16 / wanted.sum()) ** 0.5
+    assert abs((changed & ~hidden).sum() / wanted.sum() - 0.1) < 4 * (0.09 / wanted.sum()) ** 0.5
+    other = masked(400, 60, jax.random.key(1))[0].shown
+    assert (other != net.shown).sum() > wanted.sum()
+
+
+def test_masked_lm_loss_is_torchs_at_the_hidden_tokens():
+    # rate 1: every token is a target, so that the expected sum is known
+    net, batch, (loss, count, metrics) = masked(3, 16, jax.random.key(0), rate=0.999, vocab=50)
+    real = np.asarray(batch["segment_ids"]) > 0
+    where = np.arange(16)[None] + 16 * np.arange(3)[:, None]
+    scores = torch.tensor(np.asarray(net.scores))[where[real] % 64]
+    targets = torch.tensor(np.asarray(batch["tokens"])[real], dtype=torch.long)
+    expected = torch.nn.functional.cross_entropy(scores, targets, reduction="sum")
+    np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
+    assert float(count) == real.sum()
+    assert float(metrics["accuracy"][0]) == int((scores.argmax(-1) == targets).sum())
+
+
+def test_masked_lm_evaluation_hides_the_same_tokens_each_time():
+    first, second = (masked(8, 20, None)[0].shown for _ in range(2))
+    np.testing.assert_array_equal(first, second)

@@ -7,21 +7,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llm_jax.checkpoint.store import restore_params
 from llm_jax.checkpoint.workdir import load_trained
 from llm_jax.config import (
     ClassificationConfig,
     LanguageModelConfig,
     ModelConfig,
     OptimConfig,
-    TrainConfig,
+    PretrainConfig,
     from_dict,
     unknown_override,
 )
 from llm_jax.data.tasks import Example
 from llm_jax.data.tokenizer import load_tokenizer
+from llm_jax.eval.metrics import classification_report
 from llm_jax.sharding import make_mesh
 from llm_jax.train import classification, language_model
+from llm_jax.train.masked_lm import masked_lm_model
 from llm_jax.train.metrics_log import read_metrics
+from llm_jax.tree import flatten
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODEL = ModelConfig(
@@ -66,7 +70,8 @@ def test_a_classifier_from_a_file_to_answers(tmp_path):
             MODEL, head="classifier", causal=False, pooling="mean", num_classes=9, dropout=0.1
         ),
         optim=OPTIM,
-        train=TrainConfig(batch_size=16, epochs=6.0),
+        batch_size=16,
+        epochs=6.0,
     )
     result = classification.run(config, workdir, mesh)
     assert result.labels == ("bad", "good") and len(result.gold) == 30
@@ -98,7 +103,8 @@ def test_a_language_model_from_files_to_perplexity(tmp_path):
         loss_chunk=8,
         model=MODEL,
         optim=OPTIM,
-        train=TrainConfig(batch_size=4, steps=120),
+        batch_size=4,
+        steps=120,
     )
     sources = [language_model._read(config, entry) for entry in config.data]
     assert all(not set(s.texts) & set(s.held_out) for s in sources)
@@ -129,6 +135,15 @@ def test_eval_batches_hold_every_example_once_and_padding_has_no_label():
     assert sorted(lengths) == [0, *range(1, 12)] and labels[lengths == 0] == [-1]
 
 
+def test_the_macro_f1_that_is_logged_is_that_of_the_report():
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet([0.5] * 4, 50).astype(np.float32)
+    gold = rng.integers(0, 3, 50).astype(np.int32)  # the last class is only ever predicted
+    result = classification.ClassificationResult(("a", "b", "c", "d"), gold, probs)
+    report = classification_report(gold, result.predicted, result.labels)
+    assert result.metrics()["eval/macro_f1"] == pytest.approx(report["macro_f1"])
+
+
 def test_classes_weigh_the_same_when_balanced():
     weights = classification._class_weights([0, 0, 0, 1], 2)
     assert weights == pytest.approx((4 / 6, 2.0))
@@ -150,8 +165,8 @@ def test_configs_are_whole(name, arguments, kind):
 
 def classification_config(data, **settings):
     model = dataclasses.replace(MODEL, head="classifier", num_classes=2)
-    train = TrainConfig(batch_size=8, steps=1)
-    return ClassificationConfig(str(data), model, OptimConfig(1e-3), train, max_tokens=64, **settings)
+    defaults = {"optim": OptimConfig(1e-3), "batch_size": 8, "steps": 1, "max_tokens": 64}
+    return ClassificationConfig(data=str(data), model=model, **defaults | settings)
 
 
 def test_a_folder_is_trained_on_and_held_out_by_its_files(tmp_path):
@@ -201,8 +216,8 @@ def test_an_unknown_override_is_told_the_nearest_name(override, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train": {"batch_size": 8}}, "steps"),
-        ({"train": {"batch_size": 8, "steps": 1, "accumulate": 3}}, "accumulate"),
+        ({"steps": 0}, "steps"),
+        ({"accumulate": 3}, "accumulate"),
         ({"max_tokens": 65}, "max_positions=64"),
         ({"eval_fraction": 0.0}, "eval_fraction"),
         ({"optim": {"learning_rate": 1.0, "lr": 2.0}}, r"config\.optim\.lr is not a setting"),
@@ -211,7 +226,33 @@ def test_an_unknown_override_is_told_the_nearest_name(override, message):
 def test_bad_settings_name_the_field(change, message):
     model = dataclasses.asdict(dataclasses.replace(MODEL, head="classifier", num_classes=2))
     good = {"data": "x.tsv", "model": model, "optim": {"learning_rate": 1.0}}
-    good |= {"train": {"batch_size": 8, "steps": 1}, "max_tokens": 64}
+    good |= {"batch_size": 8, "steps": 1, "max_tokens": 64}
     assert from_dict(ClassificationConfig, good)
     with pytest.raises(ValueError, match=message):
         from_dict(ClassificationConfig, good | change)
+
+
+def test_a_classifier_starts_from_the_encoder_that_was_pretrained(tmp_path):
+    data, workdir, mesh = tmp_path / "data.tsv", tmp_path / "run", make_mesh("data:1")
+    write_reviews(data, 60, 0)
+    # No step moves the classifier: it keeps the parameters that it started from.
+    config = ClassificationConfig(
+        data=str(data),
+        max_tokens=32,
+        model=dataclasses.replace(MODEL, head="classifier", causal=False, pooling="mean", num_classes=9),
+        optim=OptimConfig(1e-30),
+        batch_size=16,
+        steps=1,
+        pretrain=PretrainConfig(optim=OPTIM, batch_size=16, steps=30, log_every=30, mask_rate=0.3),
+    )
+    classification.run(config, workdir, mesh)
+    model = load_trained(workdir, mesh).model
+    encoder = masked_lm_model(model.config)
+    pretrained = restore_params(workdir / "pretrain" / "checkpoints" / "30", encoder, mesh, item="ema")
+    classifier = load_trained(workdir, mesh).params
+    for name in ("embed", "layers"):
+        for path, value in flatten(pretrained[name]).items():
+            np.testing.assert_array_equal(value, flatten(classifier[name])[path], err_msg=path)
+    assert "lm_head" not in classifier and "classifier" in classifier
+    records = read_metrics(workdir / "pretrain" / "metrics.jsonl")
+    assert records[0]["train/loss"] < np.log(model.config.vocab_size)

@@ -107,7 +107,7 @@ def same(history, whole, steps=10):
 
 def test_metrics_of_a_step(whole):
     _, history = whole
-    assert history[0].keys() == {"loss", "accuracy", "grad_norm", "learning_rate", "tokens"}
+    assert history[0].keys() == {"loss", "accuracy", "grad_norm", "learning_rate", "tokens", "bad"}
     assert history[0]["tokens"] == np.sum(batch()["segment_ids"] > 0)
     assert history[0]["loss"] == pytest.approx(np.log(CONFIG.vocab_size), rel=0.3)
     assert [history[i]["learning_rate"] for i in (0, 3, 6)] == pytest.approx([0.0, 2.5e-3, 5e-3])
