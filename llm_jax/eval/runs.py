@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from llm_jax.checkpoint.workdir import begin_run
 from llm_jax.config import (
     ClassificationConfig,
+    FinetuneConfig,
     LanguageModelConfig,
     from_dict,
 )
@@ -20,6 +21,7 @@ from llm_jax.eval.plots import plot_confusion, plot_loss
 from llm_jax.train import (
     classification,
     documents_mlp,
+    finetune,
     language_model,
 )
 from llm_jax.train.metrics_log import Record
@@ -64,5 +66,6 @@ def documents(settings: dict[str, Any], workdir: Path, mesh: Mesh, echo: Echo) -
 TASKS: dict[str, Run] = {
     "classification": classify,
     "lm": plain(LanguageModelConfig, language_model),
+    "sft": plain(FinetuneConfig, finetune),
     "documents_mlp": documents,
 }
