@@ -14,6 +14,7 @@ from llm_jax.config import (
     ClassificationConfig,
     FinetuneConfig,
     LanguageModelConfig,
+    WordVectorConfig,
     from_dict,
 )
 from llm_jax.eval.metrics import calibration_error, classification_report
@@ -23,6 +24,7 @@ from llm_jax.train import (
     documents_mlp,
     finetune,
     language_model,
+    word_vectors,
 )
 from llm_jax.train.metrics_log import Record
 
@@ -67,5 +69,6 @@ TASKS: dict[str, Run] = {
     "classification": classify,
     "lm": plain(LanguageModelConfig, language_model),
     "sft": plain(FinetuneConfig, finetune),
+    "word_vectors": plain(WordVectorConfig, word_vectors),
     "documents_mlp": documents,
 }
