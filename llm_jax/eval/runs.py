@@ -14,6 +14,7 @@ from llm_jax.config import (
     ClassificationConfig,
     FinetuneConfig,
     LanguageModelConfig,
+    QuestionAnsweringConfig,
     WordVectorConfig,
     from_dict,
 )
@@ -24,6 +25,7 @@ from llm_jax.train import (
     documents_mlp,
     finetune,
     language_model,
+    question_answering,
     word_vectors,
 )
 from llm_jax.train.metrics_log import Record
@@ -70,5 +72,6 @@ TASKS: dict[str, Run] = {
     "lm": plain(LanguageModelConfig, language_model),
     "sft": plain(FinetuneConfig, finetune),
     "word_vectors": plain(WordVectorConfig, word_vectors),
+    "question_answering": plain(QuestionAnsweringConfig, question_answering),
     "documents_mlp": documents,
 }
