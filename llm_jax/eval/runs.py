@@ -15,6 +15,7 @@ from llm_jax.config import (
     FinetuneConfig,
     LanguageModelConfig,
     QuestionAnsweringConfig,
+    TranslationConfig,
     WordVectorConfig,
     from_dict,
 )
@@ -26,6 +27,7 @@ from llm_jax.train import (
     finetune,
     language_model,
     question_answering,
+    translation,
     word_vectors,
 )
 from llm_jax.train.metrics_log import Record
@@ -73,5 +75,6 @@ TASKS: dict[str, Run] = {
     "sft": plain(FinetuneConfig, finetune),
     "word_vectors": plain(WordVectorConfig, word_vectors),
     "question_answering": plain(QuestionAnsweringConfig, question_answering),
+    "translation": plain(TranslationConfig, translation),
     "documents_mlp": documents,
 }
