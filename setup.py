@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent
 
 INSTALL_REQUIRES = [
     "absl-py>=2.1.0",
+    "datasketch>=2.0.0",
     "etils[epath]>=1.9.0",
     "flax>=0.12.6",
     "fsspec>=2024.10.0",

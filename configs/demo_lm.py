@@ -6,8 +6,8 @@
 `data` is a mixture of (path, field, weight) or (path, field, weight, join): a text file with one text a
 line (field ""), or a column of a TSV, CSV or JSONL; the weight says how often a text comes in one epoch;
 2 to `join` related texts make one document, where without it each text is one. Only the texts under
-configs/data are part of this repository: set LLM_JAX_SHARED to the folder that holds data/ of the other
-corpora, or name your own files with --config.data="(('mine.txt','',1.0),)".
+configs/data are part of this repository: set LLM_JAX_SHARED to the folder that holds data/ of the
+other corpora, or name your own: --config.data=mine.txt, or a token store (docs/data.md).
 """
 
 import os

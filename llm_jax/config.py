@@ -101,6 +101,7 @@ class ModelConfig:
     pooling: str = "last"  # "cls" | "mean" | "max" | "last"; classifier and embedding heads
     num_classes: int = 0
     labels: tuple[str, ...] = ()
+    class_parts: tuple[int, ...] = ()  # finer classes that make up each class; () = the classes alone
     dropout: float = 0.0  # residual, embedding and classifier dropout while training
     # What a layer keeps for its backward pass, which computes the rest again: "none" = everything;
     # "dots" = the results of all products; "dots_no_batch" = of those with weights; "full" = its input
@@ -147,6 +148,10 @@ class ModelConfig:
                 self.labels,
                 f"one name for each of num_classes={self.num_classes}",
             )
+        if self.class_parts:
+            parts = f"one count, 1 or more, for each of num_classes={self.num_classes}"
+            fits = len(self.class_parts) == self.num_classes and min(self.class_parts) > 0
+            _require(fits, "class_parts", self.class_parts, parts)
         for name in ("dropout", "ngram_dropout"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         if self.ngram_orders:
@@ -261,6 +266,26 @@ def _choice(field: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{field}={value!r}: expected one of {allowed}{nearest(value, allowed)}")
 
 
+def _one_beginning(config: Any) -> None:
+    """A run starts from `init_from` or has a `model` to train from scratch; not both, not neither."""
+    if config.model is None:
+        _require(config.init_from != "", "init_from", "", "a trained model, or a `model` from scratch")
+    else:
+        _require(config.init_from == "", "init_from", config.init_from, "'' with model, or model=None")
+
+
+def _fits(field: str, tokens: int, model: ModelConfig) -> None:
+    expected = f"at most model.max_positions={model.max_positions}"
+    _require(tokens <= model.max_positions, field, tokens, expected)
+
+
+def _unread(config: Any, name: str, by: str, where: str = "") -> None:
+    """Refuse a setting that was changed although nothing reads it."""
+    default, value = type(config).__dataclass_fields__[name].default, getattr(config, name)
+    expected = f"its default {default!r}: {by} does not read it"
+    _require(value == default, f"{where}{name}", value, expected)
+
+
 # The optimizers, and which of these settings each of them reads; the other settings serve them all.
 OPTIMIZERS = {
     "adamw": ("b1", "b2", "eps"),  # Loshchilov & Hutter 2019
@@ -302,24 +327,17 @@ class OptimConfig:
         _require(self.eps > 0, "optim.eps", self.eps, "positive")
         for name in ("momentum", "b1", "b2", "eps"):
             if name not in OPTIMIZERS[self.optimizer]:
-                self._unread(name, f"optimizer={self.optimizer!r}")
+                _unread(self, name, f"optimizer={self.optimizer!r}", "optim.")
         if self.schedule != "wsd":
-            self._unread("decay_fraction", f"schedule={self.schedule!r}")
+            _unread(self, "decay_fraction", f"schedule={self.schedule!r}", "optim.")
         if self.schedule == "constant":
-            self._unread("final_fraction", "schedule='constant'")
+            _unread(self, "final_fraction", "schedule='constant'", "optim.")
         _require(
             self.schedule != "wsd" or self.warmup_fraction + self.decay_fraction <= 1,
             "optim.decay_fraction",
             self.decay_fraction,
             f"at most 1 - warmup_fraction={1 - self.warmup_fraction}",
         )
-
-    def _unread(self, name: str, by: str) -> None:
-        """Refuse a setting that was changed although nothing reads it."""
-        default = type(self).__dataclass_fields__[name].default
-        value = getattr(self, name)
-        expected = f"its default {default}: {by} does not read it"
-        _require(value == default, f"optim.{name}", value, expected)
 
 
 # Settings of a run that may differ when it is resumed: how it is watched, kept and mended.
@@ -427,36 +445,46 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainConfig):
-    """Masked-LM training of a classifier's encoder on its own training texts, before it sees labels."""
+    """Masked-LM training of an encoder on texts, such as a classifier's before it sees labels."""
 
     mask_rate: float = 0.15  # share of a text's tokens to guess (Devlin et al. 2019)
 
     def __post_init__(self):
         super().__post_init__()
-        _require(0 < self.mask_rate < 1, "pretrain.mask_rate", self.mask_rate, "in (0, 1)")
+        _require(0 < self.mask_rate < 1, "mask_rate", self.mask_rate, "in (0, 1)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClassificationConfig(TrainConfig):
-    """One run that trains a text classifier from scratch on labelled text (task "classification").
+    """One run that trains a text classifier on labelled text (task "classification").
 
-    `model.vocab_size` is the size of the tokenizer to train at most; the labels, and with them
-    `model.num_classes`, come from the data.
+    It starts from the trained model in `init_from`, whose head is kept if its labels are those of the
+    data, or is the `model` described here, from scratch; `model.vocab_size` is then the size of the
+    tokenizer to train at most. The labels, and with them `model.num_classes`, come from the data.
     """
 
     # TSV, CSV or JSONL with a text and a label in each row; a folder: its train.* and dev.* of that kind
     data: str
-    model: ModelConfig
     task: str = "classification"
+    model: ModelConfig | None = None
+    init_from: str = ""  # a Hugging Face directory or hub id, or a workdir; an encoder or a decoder
+    # With init_from: "cls" (through BERT's pooler), "mean", "max" or "last"; "" = "cls" of an encoder,
+    # "last" of a decoder.
+    pooling: str = ""
+    dropout: float | None = None  # with init_from; None = as it is there
+    lora: LoraConfig | None = None  # adapters, with the head in `whole`; None = all parameters train
     eval_data: str = ""  # "" = the folder's dev.*, or `eval_fraction` of the file, held out
     eval_fraction: float = 0.1
     text_field: str = "text"
     label_field: str = "label"
-    tokenizer: str = ""  # a tokenizer to use; "" = train one on the training text
+    fine_label_field: str = ""  # a column that divides the labels further and is learnt; "" = none
+    tokenizer: str = ""  # a tokenizer for `model`; "" = train one on the training text
     character_coverage: float = 0.9995  # of the training text by tokens of its own; the rest is bytes
     max_tokens: int = 128  # longer texts are cut
     label_smoothing: float = 0.0
     balance_classes: bool = False  # weigh each class by the inverse of its frequency
+    balance_field: str = ""  # a column whose groups weigh as the square roots of their sizes
+    r_drop: float = 0.0  # weight of the disagreement of two dropout passes (Liang et al. 2021); 0 = one
     subword_alpha: float = 0.0  # sampled segmentations while training (Kudo 2018); 0 = none
     token_dropout: float = 0.0  # share of a text's tokens left out while training (Iyyer et al. 2015)
     pretrain: PretrainConfig | None = None  # None = the classifier starts from random parameters
@@ -464,17 +492,63 @@ class ClassificationConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         _choice("task", self.task, ("classification",))
-        _choice("model.head", self.model.head, ("classifier",))
         _require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "in (0, 1)")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
         _require(self.subword_alpha >= 0, "subword_alpha", self.subword_alpha, "0 or more")
+        _require(self.r_drop >= 0, "r_drop", self.r_drop, "0 or more")
         _require(0 <= self.token_dropout < 1, "token_dropout", self.token_dropout, "in [0, 1)")
-        _require(
-            0 < self.max_tokens <= self.model.max_positions,
-            "max_tokens",
-            self.max_tokens,
-            f"1 to model.max_positions={self.model.max_positions}",
-        )
+        _require(self.max_tokens > 0, "max_tokens", self.max_tokens, "1 or more")
+        _one_beginning(self)
+        if self.model is None:
+            _choice("pooling", self.pooling, ("", "cls", "mean", "max", "last"))
+            _require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+            for name in ("tokenizer", "character_coverage", "pretrain"):
+                _unread(self, name, "init_from (its own tokenizer and weights are taken)")
+            return
+        for name in ("pooling", "dropout", "lora"):
+            _unread(self, name, "model (whose own settings say it)")
+        _choice("model.head", self.model.head, ("classifier",))
+        _fits("max_tokens", self.max_tokens, self.model)
+        if self.model.causal:
+            why = "with model.causal=True: a token sees only what stands before it"
+            _require(self.model.pooling != "cls", "model.pooling", "cls", f"another one {why}")
+            _require(self.pretrain is None, "pretrain", self.pretrain, f"None {why}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedLanguageModelConfig(PretrainConfig):
+    """One run that trains an encoder to guess hidden tokens of texts (task "masked_lm").
+
+    It goes on from the encoder in `init_from`, or is the `model` described here, from scratch;
+    `model.vocab_size` is then the size of the tokenizer to train at most.
+    """
+
+    # Texts: FILE or FILE#COLUMN, several of them separated by commas; or one token store, which brings
+    # its tokenizer and its held-out part.
+    data: str
+    task: str = "masked_lm"
+    model: ModelConfig | None = None
+    init_from: str = ""  # a Hugging Face directory or hub id, or a workdir, of an encoder
+    text_field: str = "text"  # column of a table without #COLUMN
+    eval_data: str = ""  # as `data`; "" = `eval_fraction` of the texts, held out
+    eval_fraction: float = 0.02
+    tokenizer: str = ""  # a tokenizer for `model`; "" = train one on the training text
+    character_coverage: float = 0.9995  # of the training text by tokens of its own; the rest is bytes
+    row_tokens: int = 128  # texts are packed into rows of this many tokens
+
+    def __post_init__(self):
+        super().__post_init__()
+        _choice("task", self.task, ("masked_lm",))
+        _require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "in (0, 1)")
+        _require(self.row_tokens > 1, "row_tokens", self.row_tokens, "2 or more")
+        _one_beginning(self)
+        if self.model is None:
+            for name in ("tokenizer", "character_coverage"):
+                _unread(self, name, "init_from (its own tokenizer is taken)")
+            return
+        _choice("model.head", self.model.head, ("masked_lm",))
+        _require(not self.model.causal, "model.causal", True, "False: both sides of a token tell it")
+        _fits("row_tokens", self.row_tokens, self.model)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -492,21 +566,47 @@ class DistillConfig:
         _require(self.hidden_weight >= 0, "distill.hidden_weight", self.hidden_weight, "0 or more")
 
 
+@dataclasses.dataclass(frozen=True)
+class DataSource:
+    """What one entry of `LanguageModelConfig.data` says, in this order: a path, or more than that."""
+
+    path: str  # of texts, as data/sources.py reads them, or of a token store
+    field: str = ""  # column or key that holds the text; "" = "text"
+    weight: float = 1.0  # how often a text comes in one epoch; of stores, their shares of the rows
+    join: int = 1  # 2 to so many related texts make one document
+
+    @classmethod
+    def of(cls, entry: Any) -> "DataSource":
+        values = entry if isinstance(entry, (tuple, list)) else (entry,)
+        try:
+            source = cls(*values)
+            if len(source.path) > 0 and source.weight > 0 and source.join >= 1:
+                return source
+        except TypeError:  # too many values, none, or one of another type
+            pass
+        raise ValueError(
+            f'data={entry!r}: expected PATH or (PATH, field, weight, join), with field "" for a text '
+            "file, a positive weight and join 1 or more"
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageModelConfig(TrainConfig):
-    """One run that trains a causal language model from scratch on text files (task "lm").
+    """One run that trains a causal language model from scratch on texts or token stores (task "lm").
 
-    `model.vocab_size` is the size of the tokenizer to train at most.
+    `model.vocab_size` is the size of the tokenizer to train at most. Stores bring their tokenizer and
+    their held-out part, so with them `eval_fraction` and what describes a tokenizer are not needed.
     """
 
-    # (path, field, weight) or (path, field, weight, join): a text file (field ""), or a column of a
-    # table; how often a text comes in one epoch; 2 to `join` related texts make one document.
+    # Each a path alone, or the fields of a `DataSource`: ("corpus.jsonl", "text", 1.0).
     data: tuple[Any, ...]
     model: ModelConfig
     task: str = "lm"
-    eval_fraction: float = 0.01  # of the documents of each source
+    document: str = "line"  # of a text file: "line" | "blank" (what blank lines part) | "file"
+    eval_fraction: float = 0.01  # of each source
+    eval_split: str = "random"  # of the source: "random" documents | its "tail", cut at a character
     tokenizer: str = ""  # a tokenizer to use; "" = train one on the training text
-    tokenizer_kind: str = "unigram"  # "unigram" | "bpe"
+    tokenizer_kind: str = "unigram"  # "unigram" | "bpe" | "char"
     character_coverage: float = 0.9995  # of the training text by tokens of its own; the rest is bytes
     row_tokens: int = 128  # documents are packed into rows of this many tokens
     loss_chunk: int = 0  # positions whose vocabulary logits are held at a time; 0 = all
@@ -517,7 +617,9 @@ class LanguageModelConfig(TrainConfig):
         super().__post_init__()
         _choice("task", self.task, ("lm",))
         _choice("model.head", self.model.head, ("lm",))
-        _choice("tokenizer_kind", self.tokenizer_kind, ("unigram", "bpe"))
+        _choice("document", self.document, ("line", "blank", "file"))
+        _choice("eval_split", self.eval_split, ("random", "tail"))
+        _choice("tokenizer_kind", self.tokenizer_kind, ("unigram", "bpe", "char"))
         _require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "in (0, 1)")
         _require(self.loss_chunk >= 0, "loss_chunk", self.loss_chunk, "0 or more")
         _require(
@@ -534,41 +636,69 @@ class LanguageModelConfig(TrainConfig):
         )
         _require(self.z_loss >= 0, "z_loss", self.z_loss, "0 or more")
         _require(self.distill is None or not self.z_loss, "z_loss", self.z_loss, "0 with distill")
-        _require(len(self.data) > 0, "data", self.data, "one (path, field, weight) or more")
-        for source in self.data:
-            _require(
-                len(source) in (3, 4)
-                and isinstance(source[0], str)
-                and source[2] > 0
-                and (len(source) == 3 or source[3] >= 1),
-                "data",
-                source,
-                '(path, field, weight) or (path, field, weight, join), with field "" for a text file, '
-                "a positive weight and join 1 or more",
-            )
+        _require(len(self.data) > 0, "data", self.data, "one path, or (path, field, weight), or more")
+        places = [(source.path, source.field) for source in self.sources]
+        _require(
+            len(set(places)) == len(places), "data", places, "each once; give one the sum of the weights"
+        )
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """The entries of `data`."""
+        return tuple(map(DataSource.of, self.data))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainConfig):
-    """One run that teaches a language model to answer as the assistant of chats does (task "sft")."""
+class TuneConfig(TrainConfig):
+    """What every run has that goes on from a trained language model."""
 
-    data: str  # JSONL with the messages of a chat in each line
     init_from: str  # a Hugging Face directory or hub id, or a workdir of a language model
-    task: str = "sft"
-    eval_data: str = ""  # "" = `eval_fraction` of the chats, held out
-    eval_fraction: float = 0.1
-    messages_field: str = "messages"
+    eval_fraction: float = 0.1  # of the records, held out where there is no `eval_data`
     chat_template: str = ""  # Jinja2 source; "" = the tokenizer's own
-    row_tokens: int = 512  # chats are packed into rows of this many tokens
+    row_tokens: int = 512  # examples are packed into rows of this many tokens
     loss_chunk: int = 0  # positions whose vocabulary logits are held at a time; 0 = all
     lora: LoraConfig | None = None  # None = all parameters are trained
 
     def __post_init__(self):
         super().__post_init__()
-        _choice("task", self.task, ("sft",))
         _require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "in (0, 1)")
         _require(self.loss_chunk >= 0, "loss_chunk", self.loss_chunk, "0 or more")
         _require(self.row_tokens > 1, "row_tokens", self.row_tokens, "2 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TuneConfig):
+    """One run that teaches a language model to answer as the assistant of chats does (task "sft")."""
+
+    data: str  # JSONL with the messages of a chat in each line
+    task: str = "sft"
+    eval_data: str = ""  # "" = `eval_fraction` of the chats, held out
+    messages_field: str = "messages"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _choice("task", self.task, ("sft",))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceConfig(TuneConfig):
+    """One run that teaches a language model which of two answers is better (task "dpo").
+
+    A row holds whole pairs, both answers with their prompts, so `row_tokens` bounds the longest pair.
+    """
+
+    data: str  # JSONL of prompt, chosen and rejected answer
+    task: str = "dpo"
+    eval_data: str = ""  # "" = the pairs of `eval_fraction` of the prompts, held out
+    beta: float = 0.1  # how dear it is to leave the model that the run starts from: small = cheap
+    label_smoothing: float = 0.0  # share of the pairs that are taken to be named the wrong way round
+
+    def __post_init__(self):
+        super().__post_init__()
+        _choice("task", self.task, ("dpo",))
+        _require(self.beta > 0, "beta", self.beta, "positive")
+        smoothing = self.label_smoothing
+        _require(0 <= smoothing < 0.5, "label_smoothing", smoothing, "in [0, 0.5)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -613,7 +743,7 @@ class QuestionAnsweringConfig(TrainConfig):
     data: str  # JSONL of {"context", "qas"}, or SQuAD's JSON, the form of CMRC 2018 too
     task: str = "question_answering"
     model: ModelConfig | None = None
-    init_from: str = ""  # a Hugging Face directory or hub id of an encoder
+    init_from: str = ""  # a Hugging Face directory or hub id, or a workdir, of an encoder
     eval_data: str = ""  # "" = the questions on `eval_fraction` of the texts, held out
     eval_fraction: float = 0.2
     tokenizer: str = ""  # a tokenizer to use; "" = that of `init_from`, or train one on the texts
@@ -623,7 +753,7 @@ class QuestionAnsweringConfig(TrainConfig):
     answer_tokens: int = 128  # longest answer
     mark_matches: bool = False  # token types 2 and 3 say what of the text the question has too
     pretrain: PretrainConfig | None = None  # masked-LM training of `model` before it sees questions
-    pretrain_data: str = ""  # files of further texts for it, separated by commas
+    pretrain_data: str = ""  # further texts for it: FILE or FILE#COLUMN, separated by commas
 
     def __post_init__(self):
         super().__post_init__()

@@ -93,7 +93,7 @@ class PackedLoader:
     ):
         self.rows = rows
         self.order = BatchOrder(len(rows["tokens"]), batch_size, seed)
-        self.part = _host_part(batch_size, host_index, host_count)
+        self.part = host_part(batch_size, host_index, host_count)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -109,7 +109,8 @@ class PackedLoader:
 
 
 class ExampleLoader:
-    """Batches of labelled texts: `loader(step)` -> tokens, segment_ids, positions [b, T], labels [b].
+    """Batches of labelled texts: `loader(step)` -> tokens, segment_ids, positions [b, T], labels and
+    weights [b].
 
     b = B / hosts as in `PackedLoader`. T is the smallest of `buckets` that holds the longest example of
     the global batch, so every host pads to the same T.
@@ -135,7 +136,7 @@ class ExampleLoader:
             raise ValueError(f"buckets={buckets}: expected one or more lengths, ascending")
         self.examples, self.buckets, self.pad_id, self.transform = examples, buckets, pad_id, transform
         self.order = BatchOrder(len(examples), batch_size, seed, lengths)
-        self.part = _host_part(batch_size, host_index, host_count)
+        self.part = host_part(batch_size, host_index, host_count)
         self._bucket(lengths.max())
 
     @property
@@ -154,6 +155,7 @@ class ExampleLoader:
         length = self._bucket(max(len(example.tokens) for example in examples))
         mine = examples[self.part]
         batch = pad_batch([example.tokens for example in mine], length, self.pad_id)
+        batch["weights"] = np.array([example.weight for example in mine], np.float32)
         return batch | {"labels": np.array([example.label for example in mine], np.int32)}
 
     def _bucket(self, longest: int) -> int:
@@ -204,7 +206,8 @@ def prefetch(fetch: Callable[[int], T], start: int, stop: int, depth: int = 2) -
         steps.close()
 
 
-def _host_part(batch_size: int, host_index: int, host_count: int) -> slice:
+def host_part(batch_size: int, host_index: int, host_count: int) -> slice:
+    """Which rows of a global batch are this host's; ValueError when the hosts' parts are not equal."""
     if host_count < 1 or batch_size % host_count:
         raise ValueError(f"batch_size={batch_size}: expected a multiple of host_count={host_count}")
     if not 0 <= host_index < host_count:

@@ -36,13 +36,18 @@ def read_texts(
 
 
 def iter_texts(
-    paths: str | Path | Sequence[str | Path], *, field: str = "text", split: str = "line"
+    paths: str | Path | Sequence[str | Path],
+    *,
+    field: str = "text",
+    split: str = "line",
+    allow_blank: bool = False,
 ) -> Iterator[str]:
     """The documents of one or several files, in order, one at a time.
 
     split: what a document is in a plain text file: "line" (each line that is not blank), "blank"
         (blocks of lines separated by blank lines) or "file". The other formats hold one document per
         record, in the column or key `field` (upper or lower case).
+    allow_blank: give the texts of records that hold only white space, rather than refuse them.
 
     Raises ValueError with file and line for undecodable bytes, malformed records, a missing field, or
     a file without documents.
@@ -52,15 +57,30 @@ def iter_texts(
     paths = [paths] if isinstance(paths, (str, Path)) else paths
     if not paths:
         raise ValueError("paths is empty; expected one or more files")
-    return _documents([file for path in paths for file in data_files(path)], field, split)
+    files = [file for path in paths for file in data_files(path)]
+    return _documents(files, field, split, allow_blank)
 
 
-def _documents(files: Sequence[str], field: str, split: str) -> Iterator[str]:
+def read_listed(listed: str, *, field: str = "text") -> list[str]:
+    """The texts of FILE or FILE#COLUMN, several of them separated by commas, as `read_texts` reads them.
+
+    field: the column of a table that is named without one.
+    """
+    entries = [entry.strip() for entry in listed.split(",") if entry.strip()]
+    if not entries:
+        raise ValueError(f"{listed!r} names no file; expected FILE or FILE#COLUMN, separated by commas")
+    pairs = [entry.partition("#") for entry in entries]
+    return [text for path, _, column in pairs for text in read_texts(path, field=column or field)]
+
+
+def _documents(files: Sequence[str], field: str, split: str, allow_blank: bool) -> Iterator[str]:
     for path in files:
         if _suffix(path) == ".txt":
             texts = _SPLITS[split](line for _, line in _lines(path))
         else:
-            texts = (_text(path, line, record, field) for line, record in read_records(path))
+            texts = (
+                _text(path, line, record, field, allow_blank) for line, record in read_records(path)
+            )
         count = 0
         for text in texts:
             count += 1
@@ -300,9 +320,9 @@ def record_field(path: str | Path, line: int, record: Mapping[str, Any], name: s
     return record[matches[0]]
 
 
-def _text(path: str, line: int, record: Mapping[str, Any], name: str) -> str:
+def _text(path: str, line: int, record: Mapping[str, Any], name: str, allow_blank: bool = False) -> str:
     text = record_field(path, line, record, name)
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not (text.strip() or allow_blank):
         raise ValueError(f"{path}:{line}: field {name!r} is {text!r}; expected a text that is not blank")
     try:
         text.encode()

@@ -20,6 +20,7 @@ class Example:
     text: str
     tokens: np.ndarray  # [T] int32, T >= 1
     label: int
+    weight: float = 1.0  # in the loss
 
 
 def classification_examples(
@@ -90,6 +91,26 @@ def split(
     for record in records:
         sides[text(record) in held_out].append(record)
     return sides
+
+
+def split_tail(texts: Sequence[str], fraction: float) -> tuple[list[str], list[str]]:
+    """(kept, held out): the last `fraction` of all characters, in their order, is held out.
+
+    The text that the border falls into is cut in two; of a single long text its end is held out.
+    """
+    kept, held_out = [], []
+    left = int((1 - fraction) * sum(map(len, texts)))  # characters to keep
+    for text in texts:
+        parts = text[: max(left, 0)], text[max(left, 0) :]
+        left -= len(text)
+        for side, part in zip((kept, held_out), parts, strict=True):
+            side += [part] if part else []
+    if not (kept and held_out):
+        raise ValueError(
+            f"fraction={fraction}: leaves {len(kept)} texts and holds out {len(held_out)} of "
+            f"{sum(map(len, texts))} characters; expected some of both"
+        )
+    return kept, held_out
 
 
 def _rank(seed: int, text: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Training a sentencepiece tokenizer from raw text.
+"""Training a tokenizer from raw text: a sentencepiece model, or one token a character.
 
 Unigram language model: Kudo, 2018. Byte-pair encoding: Sennrich et al., 2016.
 """
@@ -6,11 +6,15 @@ Unigram language model: Kudo, 2018. Byte-pair encoding: Sennrich et al., 2016.
 import io
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
+import tokenizers
+from tokenizers import decoders, models
 
+from llm_jax.data.fast_tokenizer import FastTokenizer
 from llm_jax.data.sentencepiece_model import round_scores
 from llm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llm_jax.data.tokenizer_config import TokenizerConfig
@@ -25,6 +29,7 @@ PAD_ID, UNK_ID, BOS_ID, EOS_ID = range(4)
 _THREADS = 4
 _SCORE_STEP = 2.0**-7  # of a log probability; sums stay exact to -131072, some 16000 pieces
 _SAMPLE = 2000  # lines on which tokenizer.json must agree with the model
+_END = "</s>"  # of a tokenizer of characters, its only special token
 
 
 def train_sentencepiece(
@@ -98,6 +103,48 @@ def train_sentencepiece(
     if tokenizer.vocab_size < vocab_size:
         _LOG.warning("the text yields %d pieces, not the %d asked for", tokenizer.vocab_size, vocab_size)
     tokenizer.save(output_dir, texts=sample)
+    return tokenizer
+
+
+def train_characters(
+    texts: Iterable[str],
+    output_dir: str | Path,
+    *,
+    vocab_size: int,
+    character_coverage: float = 1.0,
+) -> FastTokenizer:
+    """One token for each character of `texts`: write tokenizer.json and tokenizer_config.json.
+
+    Ids: </s> 0, the 256 bytes, then the characters, frequent ones first. Nothing is put around a text,
+    and every text comes back unchanged, with its line ends and spaces: a character that has no token
+    becomes the bytes of its UTF-8.
+
+    vocab_size: tokens at most; where it is too small for all characters, the rarest have none.
+    character_coverage: share of all characters in the text that have tokens, above 0 up to 1 (all).
+
+    ValueError when there is no text, or no room for a character beside the end and the bytes.
+    """
+    pieces = [_END, *(f"<0x{byte:02X}>" for byte in range(256))]
+    if vocab_size <= len(pieces):
+        raise ValueError(
+            f"vocab_size={vocab_size}: expected more than {len(pieces)}, the end of a text and 256 bytes"
+        )
+    if not 0 < character_coverage <= 1:
+        raise ValueError(f"character_coverage={character_coverage}: expected above 0, at most 1")
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    if not counts:
+        raise ValueError("there is no text to train the tokenizer on: every text is empty")
+    characters = sorted(counts, key=lambda character: (-counts[character], character))
+    before = itertools.accumulate((counts[character] for character in characters), initial=0)
+    wanted = character_coverage * counts.total()
+    pieces += [c for c, covered in zip(characters, before, strict=False) if covered < wanted]
+    vocab = {piece: id_ for id_, piece in enumerate(pieces[:vocab_size])}
+    backend = tokenizers.Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = FastTokenizer(backend, TokenizerConfig(tokens={"eos": _END}))
+    tokenizer.save(output_dir)
     return tokenizer
 
 

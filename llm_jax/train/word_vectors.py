@@ -27,7 +27,7 @@ from llm_jax.checkpoint.workdir import begin_run
 from llm_jax.config import WordVectorConfig
 from llm_jax.data.loader import PackedLoader
 from llm_jax.data.packing import Batch, pack, row_batches
-from llm_jax.data.sources import read_texts
+from llm_jax.data.sources import read_listed
 from llm_jax.data.tasks import documents, split
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.data.train_tokenizer import train_sentencepiece
@@ -60,7 +60,7 @@ def run(
     echo: called with every record of metrics.jsonl. Errors in the data name the file and line.
     """
     workdir = Path(workdir)
-    texts = [text for source in config.data.split(",") for text in _read(source, config.text_field)]
+    texts = read_listed(config.data, field=config.text_field)
     kept, held_out = split(texts, config.eval_fraction, config.seed, text=lambda text: text)
     tokenizer = _tokenizer(config, kept, workdir / "tokenizer")
     begin_run(workdir, config, None)
@@ -154,12 +154,6 @@ def draw_pairs(
 def draw_noise(key: jax.Array, shape: tuple[int, ...], noise: np.ndarray) -> jax.Array:
     """Words of `shape` int32, drawn from the cumulative distribution `noise` [V]."""
     return jnp.searchsorted(jnp.asarray(noise), jax.random.uniform(key, shape), side="right")
-
-
-def _read(source: str, text_field: str) -> list[str]:
-    """Texts of FILE or FILE#COLUMN."""
-    path, _, field = source.strip().partition("#")
-    return read_texts(path, field=field or text_field)
 
 
 def _tokenizer(config: WordVectorConfig, texts: Sequence[str], directory: Path) -> Tokenizer:

@@ -215,6 +215,13 @@ def test_labelled_files_are_refused_with_file_and_line(write, name, content, lin
         sources.read_labelled(path)
 
 
+def test_blank_texts_are_given_where_they_are_allowed(write):
+    path = write("a.jsonl", '{"text": "a"}\n{"text": " "}\n{"text": ""}\n')
+    assert list(sources.iter_texts(path, allow_blank=True)) == ["a", " ", ""]
+    with pytest.raises(ValueError, match=rf"{path}:2: .*not blank"):
+        sources.read_texts(path)
+
+
 def test_label_outside_the_given_ones_is_refused(write):
     path = write("a.tsv", "text\tlabel\na\tpos\nb\tgreat\n")
     with pytest.raises(ValueError, match=rf"{path}:3: label 'great' .* \('neg', 'pos'\)"):

@@ -2,10 +2,13 @@
 
 import dataclasses
 import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from absl.flags import FlagValues
+from ml_collections import config_flags
 
 from llm_jax.checkpoint.store import restore_params
 from llm_jax.checkpoint.workdir import load_trained
@@ -15,6 +18,7 @@ from llm_jax.config import (
     ModelConfig,
     OptimConfig,
     PretrainConfig,
+    TrainConfig,
     from_dict,
     unknown_override,
 )
@@ -22,7 +26,7 @@ from llm_jax.data.tasks import Example
 from llm_jax.data.tokenizer import load_tokenizer
 from llm_jax.eval.metrics import classification_report
 from llm_jax.sharding import make_mesh
-from llm_jax.train import classification, language_model
+from llm_jax.train import classification, corpus, language_model
 from llm_jax.train.masked_lm import masked_lm_model
 from llm_jax.train.metrics_log import read_metrics
 from llm_jax.tree import flatten
@@ -106,11 +110,11 @@ def test_a_language_model_from_files_to_perplexity(tmp_path):
         batch_size=4,
         steps=120,
     )
-    sources = [language_model._read(config, entry) for entry in config.data]
+    sources = [corpus._read(config, source, source.path) for source in config.sources]
     assert all(not set(s.texts) & set(s.held_out) for s in sources)
     # 60 lines are three texts, of which one is held out with its 20 repeats; half of the rest stay.
     assert [len(s.held_out) for s in sources] == [20, 4]
-    assert [len(language_model._weighted(s, 0)) for s in sources] == [20, 2 * 36]
+    assert [len(corpus._weighted(s, 0)) for s in sources] == [20, 2 * 36]
 
     result = language_model.run(config, tmp_path / "run", make_mesh("data:1"))
     assert result.perplexity == pytest.approx(np.exp(result.loss))
@@ -145,8 +149,11 @@ def test_the_macro_f1_that_is_logged_is_that_of_the_report():
 
 
 def test_classes_weigh_the_same_when_balanced():
-    weights = classification._class_weights([0, 0, 0, 1], 2)
-    assert weights == pytest.approx((4 / 6, 2.0))
+    gold = np.array([0, 0, 0, 1], np.int32)
+    weights = classification.row_weights(
+        classification.Rows(["text"] * 4, gold, gold), balance_classes=True
+    )
+    assert weights == pytest.approx([4 / 6] * 3 + [2.0])
 
 
 @pytest.mark.parametrize(
@@ -156,11 +163,41 @@ def test_classes_weigh_the_same_when_balanced():
         ("sentiment", ["weibo"], ClassificationConfig),
         ("sentiment", ["chnsenticorp"], ClassificationConfig),
         ("demo_lm", [], LanguageModelConfig),
+        ("distill", [], LanguageModelConfig),
+        ("distill", ["alone"], LanguageModelConfig),
     ],
 )
 def test_configs_are_whole(name, arguments, kind):
     get_config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]
     assert isinstance(from_dict(kind, get_config(*arguments).to_dict()), kind)
+
+
+COMMON = ("steps", "batch_size", "seed", "log_every", "eval_every", "checkpoint_every")
+
+
+def kinds(parent):
+    """{task: the config class of it}."""
+    found = {parent.task: parent} if hasattr(parent, "task") else {}
+    for kind in parent.__subclasses__():
+        found |= kinds(kind)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_takes_the_common_settings_by_flag(path, monkeypatch):
+    given = FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=given)
+    task = runpy.run_path(str(path))["get_config"]().task
+    if task == "documents_mlp":
+        return  # a network of three layers, no text: settings of its own
+    values = {name: 7 + i for i, name in enumerate(COMMON)}
+    other = (("mine.txt", "", 1.0),) if task == "lm" else "mine.tsv"
+    flags = [f"--config.{name}={value}" for name, value in (values | {"data": other}).items()]
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--config={path}", *flags])  # ml_collections reads it
+    given(sys.argv)
+    config = from_dict(kinds(TrainConfig)[task], given.config.to_dict())
+    assert {name: getattr(config, name) for name in COMMON} == values
+    assert config.data == other
 
 
 def classification_config(data, **settings):
@@ -174,13 +211,12 @@ def test_a_folder_is_trained_on_and_held_out_by_its_files(tmp_path):
     (tmp_path / "dev.tsv").write_text("said\tkind\nc\ty\n")
     (tmp_path / "other.tsv").write_text("said\tkind\nd\tx\n")
     fields = {"text_field": "said", "label_field": "kind"}
-    (texts, gold), (held_out, held_gold), labels = classification._read(
-        classification_config(tmp_path, **fields)
-    )
-    assert (texts, gold.tolist(), held_out, held_gold.tolist()) == (["a", "b"], [0, 1], ["c"], [1])
-    assert labels == ("x", "y")
+    rows, held_out, labels, parts = classification._read(classification_config(tmp_path, **fields))
+    assert (rows.texts, rows.gold.tolist()) == (["a", "b"], [0, 1])
+    assert (held_out.texts, held_out.gold.tolist()) == (["c"], [1])
+    assert labels == ("x", "y") and parts == ()
     other = classification_config(tmp_path, eval_data=str(tmp_path / "other.tsv"), **fields)
-    assert classification._read(other)[1][0] == ["d"]
+    assert classification._read(other)[1].texts == ["d"]
 
 
 def test_character_coverage_decides_what_is_spelled_in_bytes(tmp_path):
