@@ -24,7 +24,10 @@ flags.mark_flags_as_required(["workdir", "output"])
 
 
 def generation_config(tokenizer: Tokenizer) -> dict[str, int | bool]:
-    """generation_config.json of a language model: its special tokens, and greedy by default."""
+    """generation_config.json of a decoder: its special tokens, and greedy by default.
+
+    They go to config.json too, where a classifier finds what is padding.
+    """
     ids = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
@@ -38,13 +41,12 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments {argv[1:]}; see --help")
     trained = load_trained(WORKDIR.value, make_mesh(""), param_dtype=DTYPE.value)
     tokenizer = load_tokenizer(trained.tokenizer)
-    generates = trained.model.config.head == "lm"
     written = export_hf(
         OUTPUT.value,
         trained.model,
         trained.params,
         tokenizer=tokenizer,
-        generation_config=generation_config(tokenizer) if generates else None,
+        generation_config=generation_config(tokenizer) if trained.model.config.causal else None,
     )
     print(f"step {trained.step} is in {written}", file=sys.stderr)
 

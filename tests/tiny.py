@@ -40,6 +40,15 @@ class Tiny:
             model.save_pretrained(directory, **options)
         return model
 
+    def save_for(
+        self, directory: Path, tokenizer: Any, **settings: Any
+    ) -> "transformers.PreTrainedModel":
+        """Save a model with the vocabulary of our `tokenizer`, and the tokenizer beside it."""
+        settings = self.settings | {"vocab_size": tokenizer.vocab_size} | settings
+        model = dataclasses.replace(self, settings=settings).save(directory)
+        tokenizer.save(directory)
+        return model
+
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
     """Matrices from N(0, 1 / fan_in); vectors moved by N(0, 0.2^2) from where they were."""

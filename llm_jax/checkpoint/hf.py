@@ -24,13 +24,12 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from huggingface_hub.errors import HFValidationError
 from jax.sharding import Mesh, Sharding
 
 from llm_jax.checkpoint.tensor_file import TensorFile, write_tensors
 from llm_jax.config import ModelConfig
-from llm_jax.models.describe import Model, Params
+from llm_jax.models.describe import Model, Params, complete_params
 from llm_jax.models.families import (
     canonical_name,
     family,
@@ -41,14 +40,14 @@ from llm_jax.models.families import (
     uses_sentence_files,
 )
 from llm_jax.models.family_tables import Source
-from llm_jax.models.transformer import Transformer
+from llm_jax.models.heads import HEADS
 from llm_jax.tree import flatten, is_per_layer, unflatten
 
 logger = logging.getLogger(__name__)
 
 _BLOCK = 16 << 20  # bytes of a file that are in memory at a time
 _ALIGNMENT = 64  # bytes; XLA:CPU uses a host buffer in place when it is aligned so
-_HEADS = ("lm_head/", "classifier/", "pooler/", "span/")
+_HEADS = tuple(f"{name}/" for name in HEADS)
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "1_Pooling/*")
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 _POOLING_MODES = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "last": "lasttoken"}
@@ -162,21 +161,26 @@ def load_hf(directory: str | Path, model: Model, mesh: Mesh, *, dtype: str | Non
 
 
 def load_trunk(
-    directory: str | Path, model: Model, mesh: Mesh, key: jax.Array, *, dtype: str | None = None
+    directory: str | Path,
+    model: Model,
+    mesh: Mesh,
+    key: jax.Array,
+    *,
+    redraw: Sequence[str] = (),
+    dtype: str | None = None,
 ) -> tuple[Params, list[str]]:
     """Like `load_hf`, but head parameters that the directory lacks are drawn at random.
 
-    For fine-tuning: `model` has another head than the checkpoint. Returns the parameters and the
-    paths that were drawn.
+    For fine-tuning: `model` has another head than the checkpoint. redraw: paths, or beginnings of them,
+    of head parameters that are drawn even if they are there. Returns the parameters and the paths that
+    were drawn.
     """
     checkpoint = _Checkpoint(Path(directory), model)
-    fresh = checkpoint.missing
-    if lost := {path: names for path, names in fresh.items() if not path.startswith(_HEADS)}:
+    if lost := {p: names for p, names in checkpoint.missing.items() if not p.startswith(_HEADS)}:
         raise ValueError(checkpoint.describe_missing(lost))
-    found = checkpoint.read([path for path in checkpoint.sources if path not in fresh], mesh, dtype)
-    drawn = _draw(model, list(fresh), mesh, key, dtype)
-    order = flatten(model.shapes)
-    return unflatten({path: (drawn | found)[path] for path in order}), list(fresh)
+    fresh = [p for p in checkpoint.sources if p in checkpoint.missing or p.startswith(tuple(redraw))]
+    found = checkpoint.read([p for p in checkpoint.sources if p not in fresh], mesh, dtype)
+    return complete_params(found, model, mesh, key, dtype=dtype)
 
 
 def export_hf(
@@ -457,21 +461,6 @@ def _same(a: tuple[TensorFile, str], b: tuple[TensorFile, str]) -> bool:
         for file, _ in (a, b):
             file.release()
     return True
-
-
-def _draw(
-    model: Model, paths: Sequence[str], mesh: Mesh, key: jax.Array, dtype: str | None
-) -> dict[str, jax.Array]:
-    """Random values of some parameters, as `init_params` makes them; the others cost nothing."""
-
-    def make(key):
-        params = nnx.to_pure_dict(nnx.split(Transformer(model.config, rngs=nnx.Rngs(key)))[1])
-        params, shapes = flatten(params), flatten(model.shapes)
-        return {path: params[path].astype(dtype or shapes[path].dtype) for path in paths}
-
-    shardings = flatten(model.shardings(mesh))
-    with jax.set_mesh(mesh):
-        return jax.jit(make, out_shardings={path: shardings[path] for path in paths})(key)
 
 
 # --- Writing -------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from llm_jax.models.lora import LoraModel
 from llm_jax.tree import flatten
 
 _TASKS = {"lm": "CAUSAL_LM", "classifier": "SEQ_CLS", "embedding": "FEATURE_EXTRACTION"}
+_HEADS = ("classifier.", "score.")  # what PEFT saves whole for SEQ_CLS, whatever the config says
 
 
 def export_peft(directory: str | Path, lora: LoraModel, adapters: Params, *, base: str = "") -> Path:
@@ -33,7 +34,7 @@ def export_peft(directory: str | Path, lora: LoraModel, adapters: Params, *, bas
     target = Path(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists already and is not empty; remove it or name another")
-    names = _modules(lora)
+    names = peft_modules(lora)
     config = _config(lora, names) | {"base_model_name_or_path": base}
     tensors = dict(_tensors(lora, jax.device_get(flatten(adapters)), names))
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -49,8 +50,11 @@ def export_peft(directory: str | Path, lora: LoraModel, adapters: Params, *, bas
     return target
 
 
-def _modules(lora: LoraModel) -> dict[str, tuple[str, str]]:
-    """Our path -> (module with {layer} for its number, "weight" or "bias") in the Hugging Face model."""
+def peft_modules(lora: LoraModel) -> dict[str, tuple[str, str]]:
+    """Our path -> (module with {layer} for its number, "weight" or "bias") in the Hugging Face model.
+
+    ValueError when PEFT has no form for an adapter.
+    """
     cfg = lora.model.config
     table = sources(cfg, flatten(lora.model.shapes))
     modules = {}
@@ -70,16 +74,21 @@ def _modules(lora: LoraModel) -> dict[str, tuple[str, str]]:
 def _config(lora: LoraModel, modules: dict[str, tuple[str, str]]) -> dict[str, object]:
     cfg = lora.model.config
     table = sources(cfg, flatten(lora.model.shapes))
+    head = {path for path, source in table.items() if source.name.startswith(_HEADS)}
+    together = head <= set(lora.whole)  # a part of it can only be saved without naming the task
+    whole = {path: modules[path][0] for path in lora.whole}
+    if together:
+        whole |= {path: modules[path][0].partition(".")[0] for path in head}
     return {
         "peft_type": "LORA",
-        "task_type": _TASKS.get(cfg.head),
+        "task_type": _TASKS.get(cfg.head) if together else None,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(table[path].transposed for path in lora.targets),
         "target_modules": _endings(modules[path][0] for path in lora.targets),
-        "modules_to_save": _endings(modules[path][0] for path in lora.whole) or None,
+        "modules_to_save": _endings(whole.values()) or None,
         "inference_mode": True,
     }
 

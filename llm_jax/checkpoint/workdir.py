@@ -10,17 +10,21 @@ import dataclasses
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
-from llm_jax.checkpoint.hf import load_hf, resolve
+from llm_jax.checkpoint.hf import load_trunk, resolve
 from llm_jax.checkpoint.store import check_step, latest_step, restore_params
 from llm_jax.config import MAY_CHANGE, LoraConfig, ModelConfig, from_dict, to_dict
-from llm_jax.models import Model, Params, describe
+from llm_jax.models import Model, Params, complete_params, describe
+from llm_jax.models.heads import HEADS
 from llm_jax.models.lora import LoraModel
+from llm_jax.tree import flatten
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -78,15 +82,14 @@ def load_trained(path: str | Path, mesh: Mesh, *, param_dtype: str = "") -> Trai
     damaged.
     """
     path = Path(path)
-    chosen = path.name.isdigit() and path.parent.name == "checkpoints"
-    workdir = path.parent.parent if chosen else path
+    workdir = workdir_of(path)
+    chosen = workdir != path
     step = int(path.name) if chosen else latest_step(workdir / "checkpoints")
     if not (workdir / "config.json").exists():
         raise FileNotFoundError(f"{workdir} has no config.json: expected the --workdir of a run")
     if step is None:
         raise FileNotFoundError(f"{workdir}/checkpoints holds no finished checkpoint; train first")
-    run = _read(workdir / "config.json")
-    config = from_dict(ModelConfig, run["model"], "model")
+    run, config = _read(workdir / "config.json"), trained_config(workdir)
     model = describe(dataclasses.replace(config, param_dtype=param_dtype or config.param_dtype))
     directory = workdir / "checkpoints" / str(step)
     if chosen and directory.is_dir():
@@ -96,17 +99,66 @@ def load_trained(path: str | Path, mesh: Mesh, *, param_dtype: str = "") -> Trai
         params = restore_params(directory, model, mesh, item=item)
     else:
         lora = LoraModel(model, from_dict(LoraConfig, run["config"]["lora"], "lora"))
-        base = _load_base(run["config"]["init_from"], model, mesh)
+        base = load_base(run["config"]["init_from"], lora, mesh, jax.random.key(0), redraw=lora.whole)
         params = lora.merge(restore_params(directory, lora, mesh, item=item), base)
     longest = run["config"].get("max_tokens", config.max_positions)
     return Trained(model, params, workdir / "tokenizer", config.labels, step, longest)
 
 
-def _load_base(path: str, model: Model, mesh: Mesh) -> Params:
-    """The weights that adapters were trained beside: of a workdir, or a Hugging Face directory."""
-    if (Path(path) / "checkpoints").is_dir():
-        return load_trained(path, mesh, param_dtype=model.config.param_dtype).params
-    return load_hf(resolve(path), model, mesh)
+def workdir_of(path: str | Path) -> Path:
+    """The workdir that `path` is, or is a checkpoint of: WORKDIR/checkpoints/<step>."""
+    path = Path(path)
+    chosen = path.name.isdigit() and path.parent.name == "checkpoints"
+    return path.parent.parent if chosen else path
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether `path` is a workdir with checkpoints, or one of them: no Hugging Face directory."""
+    return (workdir_of(path) / "checkpoints").is_dir()
+
+
+def trained_config(path: str | Path) -> ModelConfig:
+    """The model that the run in a workdir trains; ValueError where it is no transformer."""
+    file = workdir_of(path) / "config.json"
+    found = _read(file).get("model")
+    if found is None:
+        raise ValueError(f"{file} has no model: the run trained no transformer")
+    return from_dict(ModelConfig, found, "model")
+
+
+def load_start(
+    path: str, model: Model, mesh: Mesh, key: jax.Array, *, redraw: Sequence[str] = ()
+) -> tuple[Params, list[str]]:
+    """First parameters of `model` from a workdir, a Hugging Face directory or a hub id with its trunk.
+
+    Parameters of heads that are not there, and those whose paths begin as one of `redraw` does, are
+    drawn with `key`. Returns the parameters, in the model's dtype, and the paths that were drawn.
+    ValueError where other parameters are missing.
+    """
+    if not is_run(path):
+        return load_trunk(resolve(path), model, mesh, key, redraw=redraw)
+    trained = flatten(load_trained(path, mesh, param_dtype=model.config.param_dtype).params)
+    missing = flatten(model.shapes).keys() - trained.keys()
+    if lost := [name for name in sorted(missing) if name.partition("/")[0] not in HEADS]:
+        raise ValueError(f"{path}: the model there lacks {', '.join(lost)}")
+    kept = {name: value for name, value in trained.items() if not name.startswith(tuple(redraw))}
+    return complete_params(kept, model, mesh, key)
+
+
+def load_base(
+    path: str, lora: LoraModel, mesh: Mesh, key: jax.Array, *, redraw: Sequence[str] = ()
+) -> Params:
+    """The weights that adapters are trained beside, as `load_start` finds them.
+
+    ValueError when some of them were drawn and are not trained whole: they would stay random.
+    """
+    params, drawn = load_start(path, lora.model, mesh, key, redraw=redraw)
+    if lost := sorted(set(drawn) - set(lora.whole)):
+        raise ValueError(
+            f"lora.whole finds {list(lora.whole)}: expected patterns that find {lost} too, which {path} "
+            "lacks; '^(classifier|pooler)/' finds a classifier's head"
+        )
+    return params
 
 
 def git_revision() -> str | None:

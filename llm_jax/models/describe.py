@@ -6,6 +6,7 @@ jitted step takes as an argument and opens with `model.bind(params)`, an act of 
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 from llm_jax.config import ModelConfig
 from llm_jax.models.transformer import Transformer
 from llm_jax.sharding import shardings
+from llm_jax.tree import flatten, unflatten
 
 Params = dict[str, Any]  # nested; every leaf under "layers" leads with the layer axis
 
@@ -86,3 +88,28 @@ def init_params(model: Model, mesh: Mesh, key: jax.Array) -> Params:
 
     with jax.set_mesh(mesh):
         return jax.jit(make, out_shardings=model.shardings(mesh))(key)
+
+
+def complete_params(
+    known: Mapping[str, jax.Array],
+    model: Model,
+    mesh: Mesh,
+    key: jax.Array,
+    *,
+    dtype: str | None = None,
+) -> tuple[Params, list[str]]:
+    """`known` parameters (path -> array) and the others of `model`, drawn; the paths of those.
+
+    What is drawn has the value that `init_params` gives it from the same key; nothing else is made.
+    dtype: of what is drawn; the model's parameter dtype when not given.
+    """
+    shapes, places = flatten(model.shapes), flatten(model.shardings(mesh))
+    lacking = [path for path in shapes if path not in known]
+
+    def make(key):
+        params = flatten(nnx.to_pure_dict(nnx.split(Transformer(model.config, rngs=nnx.Rngs(key)))[1]))
+        return {path: params[path].astype(dtype or shapes[path].dtype) for path in lacking}
+
+    with jax.set_mesh(mesh):
+        drawn = jax.jit(make, out_shardings={path: places[path] for path in lacking})(key)
+    return unflatten({path: drawn[path] if path in drawn else known[path] for path in shapes}), lacking

@@ -3,6 +3,8 @@
 Letters: B batch, T tokens, D embed, V vocab, C classes.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,6 +12,8 @@ from flax import nnx
 from llm_jax.config import ModelConfig
 from llm_jax.models.layers import ACTIVATIONS, Norm, add_bias, vector, weight
 from llm_jax.ops.linear import linear
+
+HEADS = ("lm_head", "classifier", "pooler", "span")  # where their parameters are; the rest is the trunk
 
 
 def pool(hidden: jax.Array, mask: jax.Array, kind: str) -> jax.Array:
@@ -74,16 +78,29 @@ class Pooler(nnx.Module):
 
 
 class ClassifierHead(nnx.Module):
-    """Class logits of the pooled vector; decoders of Hugging Face have no bias there."""
+    """Logits of the classes, or of their parts; decoders of Hugging Face have no bias there."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        c, d = cfg.num_classes, cfg.embed_dim
+        c, d = sum(cfg.class_parts) or cfg.num_classes, cfg.embed_dim
         self.weight = weight(rngs, (c, d), ("classes", "embed"), ("embed",))
         self.bias = None if cfg.causal else vector(0.0, (c,), ("classes",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, D] -> logits [B, C] float32."""
+        """x [B, D] -> logits [B, C] float32; with `class_parts` [B, P], P = their sum."""
         return add_bias(linear(x, self.weight), self.bias).astype(jnp.float32)
+
+
+def fold_parts(logits: jax.Array, parts: tuple[int, ...]) -> jax.Array:
+    """Logits [B, P] of the parts of classes, class after class -> [B, C] of the classes.
+
+    A class is as probable as its parts together, so its logit is the logarithm of their summed
+    exponentials. parts: how many each class has, () = each is one.
+    """
+    if not parts:
+        return logits
+    ends = list(itertools.accumulate(parts))
+    each = [logits[:, end - n : end] for n, end in zip(parts, ends, strict=True)]
+    return jnp.stack([jax.nn.logsumexp(x, axis=-1) for x in each], axis=-1)
 
 
 class SpanHead(nnx.Module):

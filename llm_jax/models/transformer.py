@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm_jax.config import ModelConfig
-from llm_jax.models.heads import ClassifierHead, LMHead, Pooler, SpanHead, pool
+from llm_jax.models.heads import ClassifierHead, LMHead, Pooler, SpanHead, fold_parts, pool
 from llm_jax.models.layers import MLP, Attention, Embed, NgramEmbed, Norm
 from llm_jax.ops.attention import AttentionContext
 from llm_jax.ops.rope import frequencies, rotary_tables
@@ -137,6 +137,10 @@ class Transformer(nnx.Module):
 
     def classify(self, hidden: jax.Array, mask: jax.Array, context: AttentionContext) -> jax.Array:
         """hidden [B, T, D], mask [B, T] -> class logits [B, C] float32."""
+        return fold_parts(self.classify_parts(hidden, mask, context), self.cfg.class_parts)
+
+    def classify_parts(self, hidden: jax.Array, mask: jax.Array, context: AttentionContext) -> jax.Array:
+        """hidden [B, T, D], mask [B, T] -> logits [B, P] float32 of the parts of the classes."""
         if self.classifier is None:
             raise ValueError(f"head={self.cfg.head!r} has no classes; expected 'classifier'")
         pooled = context.dropout(self.sentence(hidden, mask), self.cfg.dropout, 0, 3)

@@ -12,7 +12,9 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from llm_jax.models.heads import fold_parts
 from llm_jax.models.transformer import Transformer
 from llm_jax.ops.attention import FullContext
 from llm_jax.ops.losses import cross_entropy, vocabulary_loss
@@ -53,14 +55,18 @@ def masked_lm_loss(
     mask_id: int,
     vocab_size: int,
     rate: float = 0.15,
+    spared: tuple[int, ...] = (),
 ) -> tuple[jax.Array, jax.Array, Metrics]:
     """Cross entropy of hidden tokens given the others (BERT, Devlin et al. 2019).
 
     batch: tokens, segment_ids, positions [B, T] int32. In each row `rate` of the real tokens, but one at
     least, are targets; of these 80% become `mask_id`, 10% a random token of `vocab_size`, 10% stay. Only
     the targets' logits are computed. Evaluation (key None) hides the same tokens every time.
+    spared: ids that are never hidden, and not counted, such as those of special tokens.
     """
     tokens, real = batch["tokens"], batch["segment_ids"] > 0
+    if spared:
+        real &= ~jnp.isin(tokens, jnp.asarray(spared, tokens.dtype))
     hide, kind, other = jax.random.split(jax.random.key(0) if key is None else key, 3)
     places, chosen = _masked_places(hide, real, rate)
     targets = jnp.take_along_axis(tokens, places, axis=1)
@@ -96,26 +102,44 @@ def classification_loss(
     key: jax.Array | None,
     *,
     label_smoothing: float = 0.0,
-    class_weights: tuple[float, ...] = (),
+    r_drop: float = 0.0,
 ) -> tuple[jax.Array, jax.Array, Metrics]:
-    """Cross entropy of each row's label, the mean weighted by the weight of its class.
+    """Cross entropy of each row's label, the mean weighted by the rows' weights.
 
-    batch: tokens, segment_ids, positions [B, T] int32 and labels [B] int32 (-1 = a row of padding).
-    class_weights: one for each of the C classes, () = all 1.
+    batch: tokens, segment_ids, positions [B, T] int32; labels [B] int32, of the model's `class_parts`
+    where it has them (-1 = a row of padding); weights [B] float32, without which all rows weigh 1.
+    r_drop: while training, every row is seen twice, and so many times the divergence of the two
+    answers is added to their mean loss (R-Drop, Liang et al. 2021, whose alpha is twice this).
     """
-    logits = classification_logits(net, batch, key)
-    labels = batch["labels"]
+    labels, parts = batch["labels"], net.cfg.class_parts
     rows = (labels >= 0).astype(jnp.float32)
-    weights = rows
-    if class_weights:
-        weights = rows * jnp.asarray(class_weights, jnp.float32)[jnp.maximum(labels, 0)]
-    loss = cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    correct = (jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels).astype(jnp.float32)
-    return jnp.sum(loss * weights), weights.sum(), {"accuracy": (correct.sum(), rows.sum())}
+    weights = rows * batch["weights"] if "weights" in batch else rows
+    keys = jax.random.split(key) if r_drop and key is not None else [key]
+    answers = [_part_logits(net, batch, key) for key in keys]
+    losses = [cross_entropy(x, labels, label_smoothing=label_smoothing) for x in answers]
+    loss = sum(losses) / len(losses)
+    if len(answers) == 2:
+        loss += r_drop * _disagreement(*answers)
+    if parts:
+        classes = np.repeat(np.arange(len(parts), dtype=np.int32), parts)
+        labels = jnp.asarray(classes)[jnp.maximum(labels, 0)]
+    chosen = jnp.argmax(fold_parts(answers[0], parts), axis=-1).astype(labels.dtype)
+    correct = jnp.sum((chosen == labels).astype(jnp.float32) * rows)
+    return jnp.sum(loss * weights), weights.sum(), {"accuracy": (correct, rows.sum())}
 
 
 def classification_logits(net: Transformer, batch: Batch, key: jax.Array | None) -> jax.Array:
     """Class logits [B, C] float32 of a batch (tokens, segment_ids, positions [B, T])."""
+    return fold_parts(_part_logits(net, batch, key), net.cfg.class_parts)
+
+
+def _part_logits(net: Transformer, batch: Batch, key: jax.Array | None) -> jax.Array:
     context = FullContext(batch["segment_ids"], key)
     hidden, context = net(batch["tokens"], batch["positions"], context)
-    return net.classify(hidden, batch["segment_ids"], context)
+    return net.classify_parts(hidden, batch["segment_ids"], context)
+
+
+def _disagreement(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Logits [B, C] twice -> the mean of KL(a || b) and KL(b || a), [B] float32."""
+    p, q = jax.nn.log_softmax(a, axis=-1), jax.nn.log_softmax(b, axis=-1)
+    return 0.5 * jnp.sum((jnp.exp(p) - jnp.exp(q)) * (p - q), axis=-1)

@@ -3,10 +3,13 @@
 file -> questions, some texts held out -> rows of question and window -> encoder with a span head, from a
 Hugging Face directory, from masked-LM training on the texts, or from random numbers -> trained by
 llm_jax/train/loop.py -> answers to the held-out questions, judged as CMRC 2018 does
+
+WORKDIR/held_out.jsonl has the held-out questions: scripts/answer.py reads them.
 """
 
 import dataclasses
 import functools
+import json
 import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llm_jax.checkpoint.hf import load_config, load_trunk, resolve
-from llm_jax.checkpoint.workdir import begin_run
+from llm_jax.checkpoint.workdir import begin_run, load_start
 from llm_jax.config import ModelConfig, QuestionAnsweringConfig, TrainConfig
 from llm_jax.data.fast_tokenizer import FastTokenizer
 from llm_jax.data.loader import PackedLoader, to_device
@@ -32,7 +34,7 @@ from llm_jax.data.question_answering import (
     read_questions,
     reading_of,
 )
-from llm_jax.data.sources import read_texts
+from llm_jax.data.sources import read_listed
 from llm_jax.data.tasks import documents, split
 from llm_jax.data.tokenizer import load_tokenizer
 from llm_jax.data.train_tokenizer import train_sentencepiece
@@ -41,9 +43,10 @@ from llm_jax.models.transformer import Transformer
 from llm_jax.ops.attention import FullContext
 from llm_jax.ops.losses import cross_entropy
 from llm_jax.train.loop import Task, fit, make_evaluate
-from llm_jax.train.masked_lm import masked_lm_model, masked_lm_objective, with_trunk
+from llm_jax.train.masked_lm import fit_masked_lm, masked_lm_model, with_trunk
 from llm_jax.train.metrics_log import Record
 from llm_jax.train.objectives import Metrics
+from llm_jax.train.pretrained import Start, find_start
 
 HIDDEN = -1e30  # logit of what cannot be chosen
 
@@ -71,19 +74,21 @@ def run(
     """
     workdir = Path(workdir)
     questions, held_out = _read(config)
-    tokenizer = _tokenizer(config, questions, workdir / "tokenizer")
-    model_config = _model_config(config, tokenizer)
+    found = find_start(config.init_from) if config.init_from else None
+    tokenizer = _tokenizer(config, found, questions, workdir / "tokenizer")
+    model_config = _model_config(config, found, tokenizer)
     reading = reading_of(config)
     trained = features(questions, tokenizer, reading)
     begin_run(workdir, config, model_config)
+    _write(workdir / "held_out.jsonl", held_out)
     model = describe(dataclasses.replace(model_config, param_dtype="float32"))  # master weights
 
     loader = _loader(trained.rows, config)
     steps = config.steps or round(config.epochs * loader.steps_per_epoch)
     judge = make_judge(model, held_out, tokenizer, reading, config.batch_size, mesh)
     start = None
-    if config.init_from:
-        start = lambda key: load_trunk(resolve(config.init_from), model, mesh, key)[0]  # noqa: E731
+    if found is not None:
+        start = lambda key: load_start(found.path, model, mesh, key)[0]  # noqa: E731
     elif config.pretrain is not None:
         contexts = [question.context for question in questions], [q.context for q in held_out]
         start = functools.partial(_pretrain, config, model, tokenizer, *contexts, mesh, workdir)
@@ -165,18 +170,15 @@ def _pretrain(
     """
     stage = config.pretrain
     assert stage is not None
-    paths = filter(None, config.pretrain_data.split(","))
-    texts = [*dict.fromkeys(contexts), *(text for path in paths for text in read_texts(path.strip()))]
+    further = read_listed(config.pretrain_data) if config.pretrain_data else []
+    texts = [*dict.fromkeys(contexts), *further]
     encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     rows, judged = (
         pack(documents(part, encode), config.max_tokens) for part in (texts, [*dict.fromkeys(held_out)])
     )
-    encoder, objective = masked_lm_model(model.config), masked_lm_objective(tokenizer, stage.mask_rate)
-    loader = _loader(rows, stage)
-    evaluate = make_evaluate(encoder, objective, row_batches(judged, stage.batch_size), mesh)
-    task = Task(encoder, objective, loader, evaluate)
-    steps = stage.steps or round(stage.epochs * loader.steps_per_epoch)
-    trunk = fit(task, stage, mesh, workdir / "pretrain", steps=steps).best_params
+    encoder, loader = masked_lm_model(model.config), _loader(rows, stage)
+    batches = row_batches(judged, stage.batch_size)
+    trunk = fit_masked_lm(encoder, tokenizer, loader, batches, stage, mesh, workdir / "pretrain")
     return with_trunk(trunk, model, mesh, key)
 
 
@@ -198,14 +200,29 @@ def _read(config: QuestionAnsweringConfig) -> tuple[list[Question], list[Questio
     return split(questions, config.eval_fraction, config.seed, text=operator.attrgetter("context"))
 
 
+def _write(path: Path, questions: Sequence[Question]) -> None:
+    """A text with its questions a line, as `read_questions` reads it."""
+    texts: dict[str, list[Question]] = {}
+    for question in questions:
+        texts.setdefault(question.context, []).append(question)
+    lines = []
+    for context, asked in texts.items():
+        qas = [
+            {"id": q.id, "question": q.question, "answers": q.answers, "answer_starts": q.starts}
+            for q in asked
+        ]
+        lines.append(json.dumps({"context": context, "qas": qas}, ensure_ascii=False) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
 def _tokenizer(
-    config: QuestionAnsweringConfig, questions: Sequence[Question], directory: Path
+    config: QuestionAnsweringConfig, found: Start | None, questions: Sequence[Question], directory: Path
 ) -> FastTokenizer:
     """The tokenizer in `directory`, put there first where there is none.
 
     It is the given one, that of `init_from`, or one trained on the texts and questions.
     """
-    given = config.tokenizer or (str(resolve(config.init_from)) if config.init_from else "")
+    given = config.tokenizer or (str(found.tokenizer) if found else "")
     if not directory.is_dir() and given:
         load_tokenizer(given).save(directory)
     elif not directory.is_dir():
@@ -221,20 +238,18 @@ def _tokenizer(
     return tokenizer
 
 
-def _model_config(config: QuestionAnsweringConfig, tokenizer: FastTokenizer) -> ModelConfig:
+def _model_config(
+    config: QuestionAnsweringConfig, start: Start | None, tokenizer: FastTokenizer
+) -> ModelConfig:
     """The encoder with a span head; that of `init_from`, or as the config has it."""
-    if config.model is not None:
+    if start is None:
+        assert config.model is not None
         return dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
-    found = load_config(resolve(config.init_from))
+    found = start.config
     if found.causal:
         raise ValueError(
             f"init_from={config.init_from!r} is a {found.family!r} decoder; expected an encoder"
         )
-    changes = {"head": "span", "pooler": False, "num_classes": 0, "labels": ()}
-    changed = dataclasses.replace(found, **changes)
-    if config.max_tokens > changed.max_positions:
-        raise ValueError(
-            f"max_tokens={config.max_tokens}: expected at most the {changed.max_positions} positions of "
-            f"{config.init_from}"
-        )
-    return changed
+    start.check("max_tokens", config.max_tokens, tokenizer)
+    changes = {"head": "span", "pooler": False, "num_classes": 0, "labels": (), "class_parts": ()}
+    return dataclasses.replace(found, **changes)

@@ -118,6 +118,7 @@ def test_a_run_from_a_file_to_answers(data, tmp_path):
     assert not {q.context for q in train} & {q.context for q in held_out}
     found = [exact_match(result.answers[q.id], q.answers) for q in held_out]
     assert np.mean(found) == result.exact_match
+    assert set(read_questions(workdir / "held_out.jsonl")) == set(held_out)
     assert question_answering.run(config, workdir, mesh) == result  # trains nothing more
 
     reader = Reader.load(workdir, make_mesh("data:1"))
