@@ -3,9 +3,9 @@
     python scripts/train.py --config=configs/sft.py --workdir=runs/sft
     python scripts/train.py --config=configs/sft.py:lora --workdir=runs/sft_lora
     python scripts/convert.py --workdir=runs/sft_lora --output=runs/chat_model
-    python scripts/generate.py --model=runs/chat_model --chat --prompt="中国的首都是哪里？"
+    python scripts/generate.py --model=runs/chat_model --chat --prompt="你好！" --temperature=0
 
-Fifty short chats of our own (configs/data/chats): enough to see every step of the way, in a minute on a
+46 short chats of our own (configs/data/chats): enough to see every step of the way, in a minute on a
 laptop, not to make a chat model. For one of your own, with the chat template of its tokenizer:
 
     python scripts/train.py --config=configs/sft.py:lora --workdir=runs/mine \

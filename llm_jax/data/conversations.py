@@ -39,8 +39,10 @@ def read_conversations(path: str | Path, field: str = "messages") -> list[Messag
             name = SHAREGPT if field not in record and SHAREGPT in record else field
             messages = record_field(file, line, record, name)
             if name == SHAREGPT:
-                messages = _from_sharegpt(messages)
-            problem = _problem(messages)
+                messages = from_sharegpt(messages)
+            problem = what_is_wrong(messages)
+            if problem is None and not any(message["role"] == "assistant" for message in messages):
+                problem = "no message of the assistant, so there is nothing to learn"
             if problem:
                 raise ValueError(f"{file}:{line}: field {name!r}: {problem}")
             chats.append(messages)
@@ -49,8 +51,8 @@ def read_conversations(path: str | Path, field: str = "messages") -> list[Messag
     return chats
 
 
-def _from_sharegpt(turns: Any) -> Any:
-    """Turns {"from", "value"} as messages; what has another form is left for `_problem` to name."""
+def from_sharegpt(turns: Any) -> Any:
+    """Turns {"from", "value"} as messages; what has another form stays, for `what_is_wrong` to name."""
     if not isinstance(turns, list) or not all(isinstance(t, dict) and "from" in t for t in turns):
         return turns
     return [
@@ -58,8 +60,8 @@ def _from_sharegpt(turns: Any) -> Any:
     ]
 
 
-def _problem(messages: Any) -> str | None:
-    """What is wrong with the messages of a record."""
+def what_is_wrong(messages: Any) -> str | None:
+    """Why this is no list of messages with roles and texts; None where it is one."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         return 'expected a list of {"role": ..., "content": ...}'
     for number, message in enumerate(messages):
@@ -67,36 +69,37 @@ def _problem(messages: Any) -> str | None:
             return f"message {number} has the role {message.get('role')!r}; expected one of {ROLES}"
         if not isinstance(message.get("content"), str) or not message["content"].strip():
             return f"message {number} has the content {message.get('content')!r}; expected a text"
-    if not any(message["role"] == "assistant" for message in messages):
-        return "no message of the assistant, so there is nothing to learn"
     return None
 
 
-def encode_conversation(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> Conversation:
+def encode_conversation(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, first: int = 0
+) -> Conversation:
     """The rendered chat in tokens, with each assistant's turn, from after its opening, marked.
 
-    The whole chat is tokenized at once, as it will be when the model is prompted; a turn's place in it
-    is found by the tokens that the chat up to its beginning, and to its end, share with the whole.
-    ValueError when the tokenizer's template renders the
-    beginning of a chat otherwise than as the beginning of the whole: its turns cannot be told apart.
+    first: number of the message from which on turns are marked. The whole chat is tokenized at once, as
+    it will be when the model is prompted; a turn's place in it is found by the tokens that the chat up
+    to its beginning, and to its end, share with the whole.
+    ValueError when the tokenizer's template renders the beginning of a chat otherwise than as the
+    beginning of the whole: its turns cannot be told apart.
     """
     whole = encode_chat(tokenizer, messages, add_generation_prompt=False)
     trained = np.zeros(len(whole), bool)
     for number, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if number < first or message["role"] != "assistant":
             continue
         before = encode_chat(tokenizer, messages[:number], add_generation_prompt=True)
         upto = messages[: number + 1]
         after = encode_chat(tokenizer, upto, add_generation_prompt=False)
-        first, last = _common_prefix(before, whole), _common_prefix(after, whole)
+        begin, end = _common_prefix(before, whole), _common_prefix(after, whole)
         # Where a turn begins or ends inside a token, the last tokens may be cut otherwise.
-        if first < len(before) - 2 or last < len(after) - 2 or last <= first:
+        if begin < len(before) - 2 or end < len(after) - 2 or end <= begin:
             raise ValueError(
                 f"the chat template renders message {number} otherwise when the chat ends there, so the "
                 "assistant's words cannot be found; train on chats that end with that message, or "
                 "give another template"
             )
-        trained[first:last] = True
+        trained[begin:end] = True
     return Conversation(np.array(whole, np.int32), trained)
 
 

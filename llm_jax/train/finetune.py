@@ -11,23 +11,18 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llm_jax.checkpoint.peft import export_peft
-from llm_jax.checkpoint.workdir import begin_run
 from llm_jax.config import FinetuneConfig
 from llm_jax.data.conversations import Conversation, encode_conversation, read_conversations
-from llm_jax.data.loader import PackedLoader
 from llm_jax.data.packing import NO_TARGET, Batch, pack, row_batches
 from llm_jax.data.tasks import split
 from llm_jax.data.tokenizer_base import Tokenizer
-from llm_jax.models.lora import LoraModel
 from llm_jax.train.loop import Task, fit, make_evaluate
 from llm_jax.train.metrics_log import Record
 from llm_jax.train.objectives import lm_loss
-from llm_jax.train.pretrained import load_pretrained
+from llm_jax.train.tuning import begin_tuning, export_adapter, load_base, rows_loader, tuned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,50 +50,34 @@ def run(
     echo: called with every record of metrics.jsonl. Errors in the data name the file and line.
     """
     workdir = Path(workdir)
-    base = load_pretrained(config.init_from, mesh, field="init_from")
-    model_config, tokenizer = base.model.config, base.tokenizer
-    if config.row_tokens > model_config.max_positions:
+    base = load_base(config, mesh)
+    positions = base.model.config.max_positions
+    if config.row_tokens > positions:
         raise ValueError(
-            f"row_tokens={config.row_tokens}: expected at most the {model_config.max_positions} "
-            f"positions of {config.init_from}"
+            f"row_tokens={config.row_tokens}: expected at most the {positions} positions of "
+            f"{config.init_from}"
         )
-    if config.chat_template:
-        tokenizer.chat_template = config.chat_template
-    kept, held_out = _read(config, tokenizer)
-    dtypes = {"param_dtype": "", "compute_dtype": "", "cache_dtype": ""}  # those of who serves it
-    begin_run(workdir, config, dataclasses.replace(model_config, **dtypes))
-    tokenizer.save(workdir / "tokenizer")
+    kept, held_out = _read(config, base.tokenizer)
+    begin_tuning(config, base, workdir)
 
-    loader = PackedLoader(
-        _rows(kept, config.row_tokens),
-        config.batch_size,
-        config.seed,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
-    )
+    loader = rows_loader(_rows(kept, config.row_tokens), config)
     steps = config.steps or round(config.epochs * loader.steps_per_epoch)
     objective = functools.partial(lm_loss, chunk=config.loss_chunk)
     batches = row_batches(_rows(held_out, config.row_tokens), config.batch_size)
     before = make_evaluate(base.model, objective, batches, mesh)(base.params)
-    if config.lora is None:
-        model, frozen = base.model, ()
-        start = lambda _: base.params  # noqa: E731
-    else:
-        model, frozen = LoraModel(base.model, config.lora), (base.params,)
-        start = functools.partial(model.init, base.params, mesh)
-    evaluate = make_evaluate(model, objective, batches, mesh, frozen)
-    task = Task(model, objective, loader, evaluate, start, frozen)
+    part = tuned(config, base, mesh)
+    evaluate = make_evaluate(part.model, objective, batches, mesh, part.frozen)
+    task = Task(part.model, objective, loader, evaluate, part.start, part.frozen)
     state = fit(task, config, mesh, workdir, steps=steps, echo=echo)
     after = evaluate(state.best_params)
-    if isinstance(model, LoraModel) and not (workdir / "adapter").exists():
-        export_peft(workdir / "adapter", model, state.best_params, base=config.init_from)
+    export_adapter(config, part, state.best_params, workdir)
     return FinetuneResult(
         loss=after["eval/loss"],
         perplexity=math.exp(after["eval/loss"]),
         accuracy=after["eval/accuracy"],
         loss_before=before["eval/loss"],
         tokens=sum(int(np.sum(batch["targets"] != NO_TARGET)) for batch in batches),
-        trained_parameters=sum(math.prod(s.shape) for s in jax.tree.leaves(model.shapes)),
+        trained_parameters=part.num_parameters,
     )
 
 
