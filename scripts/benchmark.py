@@ -3,10 +3,12 @@
     python scripts/benchmark.py --case=decode --peer=transformers --shape=gpt2 --batch=1,8,32
     python scripts/benchmark.py --case=prefill --peer=transformers --shape=llama160m --prompt_tokens=512
     python scripts/benchmark.py --case=bandwidth
+    python scripts/benchmark.py --case=train --peer=torch --shape=gpt2          # or torch_compile
 
 Greedy, random weights in float32. decode: tokens per second of all rows, prefill left out. prefill:
 prompt tokens per second to the first token. bandwidth: what part of the machine's memory bandwidth a
-decode step of one row reaches. --json prints {case, ours, peer, ratio, unit} a line.
+decode step of one row reaches. train: tokens per second of optimizer steps. --json prints
+{case, ours, peer, ratio, unit} a line.
 """
 
 import functools
@@ -19,13 +21,17 @@ from llm_jax import SamplingParams, cli
 from llm_jax.bench.cost import decode_bytes, read_bandwidth
 from llm_jax.bench.peers import SHAPES, generate_seconds, random_model, same_weights
 from llm_jax.bench.timing import interleaved
+from llm_jax.bench.training import TRAIN_SHAPES, rivals
 
-CASE = flags.DEFINE_enum("case", "decode", ["decode", "prefill", "bandwidth"], "What to measure.")
-PEER = flags.DEFINE_enum("peer", "transformers", ["transformers"], "Whom to compare with.")
-SHAPE = flags.DEFINE_enum("shape", "gpt2", SHAPES, "124M GPT-2 or 160M Llama.")
+PEERS = {case: ("transformers",) for case in ("decode", "prefill", "bandwidth")}
+PEERS["train"] = ("torch", "torch_compile")
+CASE = flags.DEFINE_enum("case", "decode", PEERS, "What to measure.")
+PEER = flags.DEFINE_string("peer", None, "Whom to compare with; the default is the case's first.")
+SHAPE = flags.DEFINE_enum("shape", "gpt2", sorted({*SHAPES, *TRAIN_SHAPES}), "Size of the model.")
 BATCH = flags.DEFINE_list("batch", ["1"], "Rows; several may be given.")
 PROMPT = flags.DEFINE_integer("prompt_tokens", None, "Prompt length; default 32, prefill 512.")
 NEW = flags.DEFINE_integer("new_tokens", 64, "Tokens to decode.", lower_bound=2)
+STEPS = flags.DEFINE_integer("steps", 5, "Training steps in a round.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds; the medians are reported.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "One JSON object a line on stdout, nothing else.")
 
@@ -38,11 +44,8 @@ def measure(case, llm, peer_seconds, batch, prompt_tokens, new_tokens):
 
     def ours():
         llm.generate(ids.tolist(), request)
-        return (
-            batch * prompt_tokens / llm.stats.ttft_s
-            if case == "prefill"
-            else llm.stats.decode_tokens_per_s
-        )
+        speed = batch * prompt_tokens / llm.stats.ttft_s
+        return speed if case == "prefill" else llm.stats.decode_tokens_per_s
 
     def theirs():
         first = peer_seconds(ids, 1)
@@ -57,22 +60,26 @@ def report(case, ours, peer, unit):
     """One line of result."""
     record = {"case": case, "ours": round(ours, 2), "peer": round(peer, 2)}
     record |= {"ratio": round(ours / peer, 3), "unit": unit}
-    print(
-        json.dumps(record)
-        if JSON.value
-        else f"{case:44} ours {ours:9.1f}  peer {peer:9.1f}  {unit}  ratio {ours / peer:.2f}",
-        flush=True,
-    )
+    line = f"{case:44} ours {ours:9.1f}  peer {peer:9.1f}  {unit}  ratio {ours / peer:.2f}"
+    print(json.dumps(record) if JSON.value else line, flush=True)
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    name = PEER.value or PEERS[CASE.value][0]
+    if name not in PEERS[CASE.value]:
+        raise ValueError(f"--peer={name}: expected one of {PEERS[CASE.value]} with --case={CASE.value}")
     try:  # here, so that --help needs neither
         import torch
         import transformers
     except ImportError as error:
         raise ValueError(f'{error}; pip install "llm_jax[test]" (torch, transformers)') from error
+    if CASE.value == "train":
+        sides = rivals(torch, SHAPE.value, compiled=name == "torch_compile", steps=STEPS.value)
+        speeds = interleaved(sides, REPEATS.value)
+        report(f"train/{SHAPE.value}/{name}", speeds["ours"], speeds["peer"], "tokens/s")
+        return
     peer = random_model(transformers, SHAPE.value)
     llm, peer_seconds = same_weights(peer), functools.partial(generate_seconds, torch, peer)
     prompt_tokens = PROMPT.value or (512 if CASE.value == "prefill" else 32)
