@@ -33,7 +33,7 @@ from llm_jax.train.metrics_log import MetricsLog, Record
 from llm_jax.train.objectives import Objective
 from llm_jax.train.optim import Optimizer, make_optimizer
 from llm_jax.train.preemption import Preempted, Preemption
-from llm_jax.train.speed import Clock
+from llm_jax.train.speed import Clock, Trace
 from llm_jax.train.state import TrainState, abstract_state, init_state, start_state
 from llm_jax.train.step import TrainStep, make_eval_step, make_train_step
 
@@ -77,8 +77,11 @@ def fit(
     """Train for `steps` steps in all, resuming from the newest whole checkpoint in `workdir`.
 
     Raises FloatingPointError as `config.on_bad_loss` says, `Preempted` after a SIGTERM or SIGINT,
-    OSError when the last checkpoint could not be written, and MemoryError when a step does not fit.
+    OSError when the last checkpoint could not be written, MemoryError when a step does not fit, and
+    ValueError for `profile_steps` beyond the last one.
     """
+    if config.traced_steps[0] > steps:
+        raise ValueError(f"profile_steps={config.profile_steps!r}: expected steps of the run's {steps}")
     workdir, optimizer = Path(workdir), make_optimizer(config.optim, task.model, steps)
     train_step = make_train_step(
         task.model,
@@ -91,7 +94,11 @@ def fit(
     init_key, run_key = jax.random.split(jax.random.key(config.seed))
     rolled_back: dict[str, int] = {}  # what differs from the checkpoint after a rollback
     while True:
-        with Preemption() as preemption, open_checkpoints(workdir, config) as checkpoints:
+        with (
+            Preemption() as preemption,
+            Trace(workdir / "profile", *config.traced_steps) as trace,
+            open_checkpoints(workdir, config) as checkpoints,
+        ):
             if checkpoints.newest is None:
                 state = first_state(task, optimizer, mesh, init_key)
                 about = first_about(task.loader.fingerprint)
@@ -103,7 +110,7 @@ def fit(
             with MetricsLog(
                 workdir, start=int(state.step), steps=steps, echo=echo, project=config.wandb_project
             ) as log:
-                run = _Run(task, config, mesh, workdir, steps, checkpoints, preemption, log)
+                run = _Run(task, config, mesh, workdir, steps, checkpoints, preemption, trace, log)
                 try:
                     return _train(run, train_step, state, about, run_key)
                 except jax.errors.JaxRuntimeError as error:
@@ -131,6 +138,7 @@ class _Run:
     steps: int
     checkpoints: Checkpoints
     preemption: Preemption
+    trace: Trace
     log: MetricsLog
 
 
@@ -140,22 +148,18 @@ def _train(
     """From `state` to the last step. about: what checkpoints say besides, kept up to date."""
     task, config, steps, log = run.task, run.config, run.steps, run.log
     step, first = int(state.step), about["position"]
-    traced = config.traced_steps
     if step and _due(step, config.eval_every, steps) and not log.judged:
         _evaluate(run, step, state)  # a signal broke it off
     pending, in_a_row, clock = collections.deque(), 0, Clock(task.model, run.mesh)
     batches = prefetch(lambda n: to_device(task.loader(n), run.mesh), first, first + steps - step)
     for position, batch in enumerate(clock.waiting(batches), first):
-        if step + 1 == traced[0]:
-            jax.profiler.start_trace(str(run.workdir / "profile"))
+        run.trace.before(step + 1)
         state, metrics = train_step(state, batch, key, *task.frozen)
         run.preemption.unsaved = True
         if run.mesh.size > 1 and jax.default_backend() == "cpu":
             jax.block_until_ready(state)  # queued collectives of fake devices can deadlock
         step += 1
-        if step == min(traced[1], steps):
-            jax.block_until_ready(state)
-            jax.profiler.stop_trace()
+        run.trace.after(step, state)
         clock.count(metrics["tokens"], batch["segment_ids"].shape[1])
         log.advance()
         run.checkpoints.poll()

@@ -1,4 +1,4 @@
-"""How fast a run is, and what it waits for.
+"""How fast a run is, what it waits for, and a trace of some of its steps.
 
     perf/tokens_per_s    tokens of the batches that are not padding
     perf/steps_per_s
@@ -16,7 +16,8 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -95,6 +96,34 @@ class Clock:
             if peak is not None:
                 numbers["perf/mfu"] = flops / (peak * self._mesh.size)
         return numbers | memory()
+
+
+class Trace:
+    """A profiler's trace of the steps `first` to `last`; leaving the context ends one that runs."""
+
+    def __init__(self, directory: Path, first: int, last: int):
+        self._directory, self._first, self._last = directory, first, last
+        self._running = False
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+
+    def before(self, step: int) -> None:
+        """`step`, counted from 1, is about to be dispatched."""
+        if not self._running and self._first <= step <= self._last:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+
+    def after(self, step: int, results: Any) -> None:
+        """`step` was dispatched; the last one to be traced is waited for."""
+        if self._running and step == self._last:
+            jax.block_until_ready(results)
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 def memory() -> dict[str, float]:

@@ -296,6 +296,17 @@ def test_a_trace_of_the_named_steps_is_written(tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     with pytest.raises(ValueError, match=r"profile_steps='3'.*10-12"):
         dataclasses.replace(TRAIN, profile_steps="3")
+    with pytest.raises(ValueError, match="profile_steps='9-10': expected steps of the run's 8"):
+        run(tmp_path, train=dataclasses.replace(TRAIN, profile_steps="9-10"))
+
+
+def test_a_trace_ends_with_the_run_and_goes_on_when_that_is_resumed(whole, tmp_path):
+    train = dataclasses.replace(TRAIN, profile_steps="5-30")
+    with pytest.raises(OSError, match="gone"):
+        run(tmp_path, train=train, loader=Interposed(whole[2].loader, fails(6, "gone")))
+    run(tmp_path, train=train)  # from step 6, amid those that are named
+    assert numbers(tmp_path) == numbers(whole[0])
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 2
 
 
 def test_weights_and_biases_gets_the_records(tmp_path, monkeypatch):
