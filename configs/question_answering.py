@@ -90,7 +90,7 @@ SETTINGS = {
         "mark_matches": True,
         "optim": adamw(1e-3, ema_decay=0.99),
         "batch_size": 16,
-        "epochs": 10.0,
+        "epochs": 3.0,
         "log_every": 50,
         "eval_every": 120,
     },

@@ -4,7 +4,7 @@
     python scripts/translate.py --checkpoint=runs/zh_en --pairs=runs/zh_en/held_out.tsv --num_beams=4
 
 --pairs takes a table with a source and a target in each row, translates the sources and prints BLEU and
-chrF. With --known=TABLE it also scores a baseline: the translation of the known source that is nearest.
+chrF. With --known=TABLE it also scores a baseline: the translation of the known source most like it.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from absl import app, flags
 
 from llm_jax import cli
 from llm_jax.data.parallel import SentencePair, read_pairs
-from llm_jax.eval.translation import load_translator, nearest_translation, score, translate
+from llm_jax.eval.translation import load_translator, nearest_translations, score, translate
 from llm_jax.sharding import make_mesh
 
 FLAGS = flags.FLAGS
@@ -40,7 +40,7 @@ def baseline(pairs: list[SentencePair]) -> list[str]:
     """For each pair the translation of the nearest known source that is not the pair's own text."""
     own = {pair.source for pair in pairs} | {pair.target for pair in pairs}
     known = [pair for pair in read(FLAGS.known) if pair.source not in own and pair.target not in own]
-    return [nearest_translation(pair.source, known) for pair in pairs]
+    return nearest_translations([pair.source for pair in pairs], known)
 
 
 def main(argv):

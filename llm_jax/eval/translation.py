@@ -1,10 +1,11 @@
 """Translations by a trained model, and how near they come to a reference: BLEU and chrF by sacrebleu."""
 
+import collections
 import dataclasses
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import sacrebleu
 from jax.sharding import Mesh
 
@@ -55,19 +56,29 @@ def score(translations: Sequence[str], references: Sequence[str]) -> Translation
     )
 
 
-def nearest_translation(source: str, pairs: Sequence[SentencePair]) -> str:
-    """The translation of the known source that has most characters in common: a baseline.
+def nearest_translations(sources: Sequence[str], pairs: Sequence[SentencePair]) -> list[str]:
+    """For each source the translation of the known source that is most like it: a baseline.
 
-    Nearness is the Dice coefficient of the two multisets of characters and pairs of characters.
+    Likeness is the Dice coefficient of the two multisets of characters and pairs of characters.
     """
-    wanted = _grams(source)
-
-    def dice(pair: SentencePair) -> float:
+    found: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
+    sizes = np.zeros(len(pairs))
+    for number, pair in enumerate(pairs):
         grams = _grams(pair.source)
-        return 2 * (wanted & grams).total() / max(wanted.total() + grams.total(), 1)
+        sizes[number] = grams.total()
+        for gram, count in grams.items():
+            found[gram].append((number, count))
+    index = {gram: np.array(places).T for gram, places in found.items()}  # numbers and counts of pairs
 
-    return max(pairs, key=dice).target
+    def nearest(source: str) -> str:
+        wanted, common = _grams(source), np.zeros(len(pairs))
+        for gram in wanted.keys() & index.keys():
+            numbers, counts = index[gram]
+            common[numbers] += np.minimum(counts, wanted[gram])
+        return pairs[int(np.argmax(common / (wanted.total() + sizes)))].target
+
+    return [nearest(source) for source in sources]
 
 
-def _grams(text: str) -> Counter[str]:
-    return Counter([*text, *(text[i : i + 2] for i in range(len(text) - 1))])
+def _grams(text: str) -> collections.Counter[str]:
+    return collections.Counter([*text, *(text[i : i + 2] for i in range(len(text) - 1))])

@@ -27,7 +27,7 @@ from llm_jax.data.parallel import (
 )
 from llm_jax.data.tokenizer import ByteTokenizer, load_tokenizer
 from llm_jax.data.train_tokenizer import train_sentencepiece
-from llm_jax.eval.translation import load_translator, nearest_translation, score, translate
+from llm_jax.eval.translation import load_translator, nearest_translations, score, translate
 from llm_jax.models import describe, init_params
 from llm_jax.ops.attention import FullContext
 from llm_jax.sharding import make_mesh
@@ -173,7 +173,24 @@ def test_scores_are_sacrebleus_and_the_baseline_takes_the_nearest():
     assert found.chrf == pytest.approx(sacrebleu.corpus_chrf(translations, [references]).score)
     assert "tok:13a" in found.signature
     known = [SentencePair("我喜欢茶", "I like tea"), SentencePair("他去北京", "He goes to Beijing")]
-    assert nearest_translation("我不喜欢", known) == "I like tea"
+    assert nearest_translations(["我不喜欢", "去"], known) == ["I like tea", "He goes to Beijing"]
+
+
+def test_the_nearest_source_is_that_of_a_plain_search():
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("天地人山水火"), rng.integers(1, 9))) for _ in range(60)]
+
+    def dice(a, b):
+        common = 0
+        for n in (1, 2):
+            left, right = ([t[i : i + n] for i in range(len(t) - n + 1)] for t in (a, b))
+            common += sum(min(left.count(g), right.count(g)) for g in set(left))
+        return 2 * common / (2 * len(a) - 1 + 2 * len(b) - 1)
+
+    known = [SentencePair(text, str(i)) for i, text in enumerate(texts[:40])]
+    for source, found in zip(texts[40:], nearest_translations(texts[40:], known), strict=True):
+        likeness = [dice(source, text) for text in texts[:40]]
+        assert likeness[int(found)] == pytest.approx(max(likeness))
 
 
 def test_a_pair_that_does_not_fit_is_refused(tokenizer):
