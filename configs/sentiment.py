@@ -12,6 +12,7 @@ Settings for larger sets, which are not part of this repository: they are looked
 folder that the environment variable LLM_JAX_SHARED names, ../shared if unset.
 
     --config=configs/sentiment.py:weibo          posts in three classes (SMP2020-EWECT)
+    --config=configs/sentiment.py:weibo_small    the same without n-grams: finer labels, R-Drop
     --config=configs/sentiment.py:chnsenticorp   reviews in two classes (ChnSentiCorp)
     --config=configs/sentiment.py:airline        English tweets in three classes (Twitter US Airline)
     --config=configs/sentiment.py:thucnews       titles of news in ten topics (THUCNews)
@@ -122,6 +123,24 @@ SETTINGS = {  # name: (folder, settings)
                 ngram_dropout=0.7,  # with less, n-grams that only one post has are learnt by heart
             ),
             "optim": adamw(learning_rate=1e-3, ema_decay=0.998, weight_decay=0.2),
+            "batch_size": 128,
+            "epochs": 5.0,
+            "log_every": 50,
+            "eval_every": 247,
+        },
+    ),
+    "weibo_small": (
+        SHARED / "sentiment3_zh_weibo",
+        {
+            "label_field": "label_zh",
+            "fine_label_field": "emotion",  # anger, sadness and fear are all negative
+            "balance_classes": True,
+            "balance_field": "domain",  # a fifth of the posts, and half of dev, is about the epidemic
+            "r_drop": 1.0,
+            "token_dropout": 0.15,
+            "label_smoothing": 0.2,
+            "model": encoder(vocab_size=8000, num_layers=1, embed_dim=96, dropout=0.4),
+            "optim": adamw(learning_rate=1.5e-3, ema_decay=0.998, weight_decay=0.2),
             "batch_size": 128,
             "epochs": 5.0,
             "log_every": 50,
