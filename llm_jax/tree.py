@@ -83,6 +83,18 @@ def mask(tree: Any, patterns: Mapping[str, Any]) -> Any:
     return result
 
 
+def layers_apart(params: dict[str, Any]) -> dict[str, Any]:
+    """`params` with `PerLayer` in place of the arrays [L, ...] under "layers"; for use inside a jit.
+
+    A gradient through it is stacked again: the transpose of a split is one concatenation.
+    """
+
+    def apart(x: jax.Array) -> PerLayer:
+        return PerLayer(tuple(p[0] for p in jax.lax.split(x, (1,) * x.shape[0])))
+
+    return params | {name: jax.tree.map(apart, params[name]) for name in ("layers",) if name in params}
+
+
 def unstack(stacked: Any) -> Any:
     """Each array [L, ...] as `PerLayer` views of the same memory; one CPU device, read-only use.
 

@@ -18,9 +18,18 @@ from llm_jax.ops.norms import layer_norm, rms_norm
 from llm_jax.ops.rope import apply_rope
 from llm_jax.sharding import shard
 
+
+def gelu(x: jax.Array) -> jax.Array:
+    """x times the normal distribution up to x (Hendrycks & Gimpel 2016).
+
+    By erf, as PyTorch has it: with the erfc of `jax.nn.gelu` XLA:CPU takes twice as long.
+    """
+    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
+
+
 ACTIVATIONS = {
     "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }

@@ -24,7 +24,7 @@ from llm_jax.models.describe import Model, Params
 from llm_jax.models.transformer import Transformer
 from llm_jax.ops.linear import LowRank, is_low_rank
 from llm_jax.sharding import is_axes, shardings
-from llm_jax.tree import flatten, unflatten
+from llm_jax.tree import flatten, is_per_layer, unflatten
 
 
 class LoraModel:
@@ -89,8 +89,9 @@ class LoraModel:
 
     def attach(self, adapters: Params, params: Params) -> Params:
         """`params` with a `LowRank` in place of every target: what `Model.bind` takes."""
-        flat, small = flatten(params), flatten(adapters)
-        attached = {path: small[path].astype(flat[path].dtype) for path in self.whole}
+        flat, small = (flatten(tree, is_leaf=is_per_layer) for tree in (params, adapters))
+        as_like = functools.partial(jax.tree.map, lambda x, like: x.astype(like.dtype))
+        attached = {path: as_like(small[path], flat[path]) for path in self.whole}
         scale = self.alpha / self.rank
         for path in self.targets:
             attached[path] = LowRank(flat[path], small[f"{path}/a"], small[f"{path}/b"], scale)

@@ -108,9 +108,12 @@ class Transformer(nnx.Module):
             return run(x, positions, rotary, context, layer, window)
 
         if is_per_layer(jax.tree.leaves(layers, is_leaf=is_per_layer)[0]):
+            run_block = block
+            if self.cfg.remat != "none":
+                run_block = jax.checkpoint(block, policy=REMAT[self.cfg.remat], static_argnums=(3, 4))
             for i, window in enumerate(windows):
                 params = jax.tree.map(lambda p, i=i: p[i], layers, is_leaf=is_per_layer)
-                x, context = block(x, context, params, i, window)
+                x, context = run_block(x, context, params, i, window)
         else:
             window = windows[0] if len(set(windows)) == 1 else None
 

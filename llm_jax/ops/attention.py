@@ -68,7 +68,7 @@ def dot_product_attention(
     scale: float,
     softcap: float | None,
 ) -> jax.Array:
-    """softmax(scale q k) v with grouped query heads, softmax in float32.
+    """softmax(scale q k) v with grouped query heads, weights and their sum in float32.
 
     q [B, T, N, H], k and v [B, K, S, H], mask bool [B, T, S] -> [B, T, N, H] in the dtype of q.
     Query head n reads key head n // (N / K). softcap c squashes scores to c tanh(s / c) (Gemma 2).
@@ -82,8 +82,11 @@ def dot_product_attention(
         scores = softcap * jnp.tanh(scores / softcap)
     scores = scores.reshape(b, kv, n // kv, t, -1)
     scores = jnp.where(mask[:, None, None], scores, MASKED)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b, kv, n // kv * t, -1)
-    out = jnp.einsum("bkts,bksh->bkth", probs, v)
+    peak = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores - peak).reshape(b, kv, n // kv * t, -1)
+    # Divided after the product: H numbers a query and not S, in the backward pass too.
+    total = weights.sum(axis=-1, keepdims=True).astype(v.dtype)
+    out = jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), v) / total
     return out.reshape(b, kv, n // kv, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 

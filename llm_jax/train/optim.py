@@ -1,6 +1,7 @@
 """The optimizer from its config: a rule by name, decay where it belongs, a schedule, and clipping."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -17,9 +18,15 @@ ADAMW_RMS = 0.2  # of an update of AdamW; Muon's are given the same (Liu et al. 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """The update rule, the learning rate of each step, and the decay of the averaged parameters."""
+    """The update rule, the learning rate of each step, and the decay of the averaged parameters.
 
-    transform: optax.GradientTransformation
+    transform.update(gradients, state, params, bad=...): where `bad` [] is true, the state is returned as
+    it was. Each part of the rule sees to that where it makes its new state, and goes on from what was
+    selected: a selection from all of it afterwards makes XLA:CPU copy every moment first (measured for
+    AdamW on 12.6M parameters: 104 ms instead of 28 ms).
+    """
+
+    transform: optax.GradientTransformationExtraArgs
     schedule: optax.Schedule  # step -> learning rate
     ema_decay: float  # 0 = no average is kept
 
@@ -34,10 +41,10 @@ def make_optimizer(config: OptimConfig, model: Trainable, steps: int) -> Optimiz
     parts = [
         _RULES[config.optimizer](config, model),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask(model)),
-        optax.scale_by_learning_rate(schedule),
+        unless_bad(optax.scale_by_learning_rate(schedule)),
     ]
     if config.clip_norm:
-        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+        parts.insert(0, optax.stateless(functools.partial(_clip, config.clip_norm)))
     return Optimizer(optax.chain(*parts), schedule, config.ema_decay)
 
 
@@ -73,6 +80,21 @@ def decay_mask(model: Trainable) -> Any:
     return jax.tree.map(decays, model.axes, model.contract, is_leaf=is_axes)
 
 
+def keep(bad: jax.Array | bool, old: Any, new: Any) -> Any:
+    """`old` where `bad` [] is true, else `new`: two trees of arrays."""
+    return jax.tree.map(lambda old, new: jnp.where(bad, old, new), old, new)
+
+
+def unless_bad(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The same rule, whose state stays as it was where `bad`; see `Optimizer`."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, bad: jax.Array | bool = False, **_):
+        updates, new = rule.update(updates, state, params)
+        return updates, keep(bad, state, new)
+
+    return optax.GradientTransformationExtraArgs(rule.init, update)
+
+
 def update_average(average: Params, params: Params, step: jax.Array, decay: float) -> Params:
     """Exponential moving average of the parameters; `step` [] counts the updates before this one.
 
@@ -83,19 +105,36 @@ def update_average(average: Params, params: Params, step: jax.Array, decay: floa
     return jax.tree.map(lambda a, p: a + (1.0 - rate) * (p - a), average, params)
 
 
-def _adam(config: OptimConfig, _: Trainable) -> optax.GradientTransformation:
-    return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+def _clip(limit: float, updates: Params, _: Params | None) -> Params:
+    """Scaled down to the global norm `limit` where it is larger; one factor, so nothing is written."""
+    factor = limit / jnp.maximum(optax.tree.norm(updates), limit)
+    return jax.tree.map(lambda u: u * factor, updates)
 
 
-def _lion(config: OptimConfig, _: Trainable) -> optax.GradientTransformation:
-    return optax.scale_by_lion(b1=config.b1, b2=config.b2)
+def _adam(config: OptimConfig, _: Trainable) -> optax.GradientTransformationExtraArgs:
+    """Adam (Kingma & Ba 2015) in the order that `Optimizer` asks for; the state is optax's."""
+
+    def update(updates: Params, state: Any, _: Any = None, *, bad: jax.Array | bool = False, **__):
+        mu = optax.tree.update_moment(updates, state.mu, config.b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, config.b2, 2)
+        new = keep(bad, state, optax.ScaleByAdamState(state.count + 1, mu, nu))
+        mean = optax.tree.bias_correction(new.mu, config.b1, new.count)
+        square = optax.tree.bias_correction(new.nu, config.b2, new.count)
+        return jax.tree.map(lambda m, s: m / (jnp.sqrt(s) + config.eps), mean, square), new
+
+    init = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps).init
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _sgd(config: OptimConfig, _: Trainable) -> optax.GradientTransformation:
-    return optax.trace(decay=config.momentum)
+def _lion(config: OptimConfig, _: Trainable) -> optax.GradientTransformationExtraArgs:
+    return unless_bad(optax.scale_by_lion(b1=config.b1, b2=config.b2))
 
 
-def _muon(config: OptimConfig, model: Trainable) -> optax.GradientTransformation:
+def _sgd(config: OptimConfig, _: Trainable) -> optax.GradientTransformationExtraArgs:
+    return unless_bad(optax.trace(decay=config.momentum))
+
+
+def _muon(config: OptimConfig, model: Trainable) -> optax.GradientTransformationExtraArgs:
     """Orthogonalized momentum for the matrices of the layers, each on its own; Adam for all else.
 
     A matrix is what the declared axes say: wq, an array [L, N, H, D], is L matrices [N H, D].
@@ -124,13 +163,13 @@ def _muon(config: OptimConfig, model: Trainable) -> optax.GradientTransformation
         return jax.tree.map(scaled, updates, sides)
 
     muon = optax.chain(
-        optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=sides),
+        unless_bad(optax.contrib.scale_by_muon(beta=config.momentum, weight_dimension_numbers=sides)),
         optax.stateless(match_adamw),
     )
     return optax.partition({"matrices": muon, "others": _adam(config, model)}, labels)
 
 
-def _adafactor(_: OptimConfig, model: Trainable) -> optax.GradientTransformation:
+def _adafactor(_: OptimConfig, model: Trainable) -> optax.GradientTransformationExtraArgs:
     """Second moments by row and column, updates clipped and relative to the size of their parameter.
 
     As in the paper for each matrix of each layer, which a stack of weights with several axes hides: a
@@ -161,7 +200,7 @@ def _adafactor(_: OptimConfig, model: Trainable) -> optax.GradientTransformation
         changes, state = parts.update(matrices(updates), state, matrices(params))
         return jax.tree.map(lambda u, p: u.reshape(p.shape), changes, params), state
 
-    return optax.GradientTransformation(lambda params: parts.init(matrices(params)), update)
+    return unless_bad(optax.GradientTransformation(lambda params: parts.init(matrices(params)), update))
 
 
 _RULES = {"adamw": _adam, "adafactor": _adafactor, "lion": _lion, "muon": _muon, "sgd": _sgd}

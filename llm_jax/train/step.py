@@ -19,8 +19,9 @@ from jax.sharding import Mesh
 from llm_jax.models import Params, Trainable
 from llm_jax.train.bad_loss import RECENT, is_bad
 from llm_jax.train.objectives import Batch, Objective
-from llm_jax.train.optim import Optimizer, update_average
+from llm_jax.train.optim import Optimizer, keep, update_average
 from llm_jax.train.state import TrainState, state_shardings
+from llm_jax.tree import layers_apart
 
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -46,20 +47,21 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch, key: jax.Array, *frozen: Params):
         key = jax.random.fold_in(key, state.step)
-        bind = lambda params: model.bind(params, *frozen)  # noqa: E731
+        bind = lambda params: bind_all(params, *frozen)  # noqa: E731
         grads, loss, metrics = _gradient(bind, objective, state.params, batch, key, accumulate)
+        norm = _norm(grads)
+        bad = is_bad(loss, norm, state.losses, spike_factor)
+        update = optimizer.transform.update
         with jax.numpy_dtype_promotion("standard"):  # optax mixes its int32 counts with floats
-            updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
+            updates, opt_state = update(grads, state.opt_state, state.params, bad=bad)
             learning_rate = jnp.asarray(optimizer.schedule(state.step), jnp.float32)
-        params = optax.apply_updates(state.params, updates)
+        # Selected one after the other, each made from the selected one before it: see `Optimizer`.
+        params = keep(bad, state.params, optax.apply_updates(state.params, updates))
         average = state.ema
         if average is not None:
             average = update_average(average, params, state.step, optimizer.ema_decay)
-        norm = _norm(grads)
-        bad = is_bad(loss, norm, state.losses, spike_factor)
-        losses = state.losses.at[state.step % RECENT].set(loss)
-        new = TrainState(state.step, params, opt_state, average, losses)
-        new = jax.tree.map(lambda old, new: jnp.where(bad, old, new), state, new)
+            average = keep(bad, state.ema, average)
+        losses = keep(bad, state.losses, state.losses.at[state.step % RECENT].set(loss))
         metrics |= {
             "loss": loss,
             "bad": bad,
@@ -67,8 +69,9 @@ def make_train_step(
             "learning_rate": learning_rate,
             "tokens": jnp.sum(batch["segment_ids"] > 0, dtype=jnp.float32),
         }
-        return dataclasses.replace(new, step=state.step + 1), metrics
+        return TrainState(state.step + 1, params, opt_state, average, losses), metrics
 
+    bind_all = _binder(model, mesh)
     shardings = state_shardings(model, optimizer, mesh)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     return _OnMesh(compiled, mesh)
@@ -78,12 +81,21 @@ def make_train_step(
 def make_eval_step(model: Trainable, objective: Objective, mesh: Mesh) -> Callable:
     """f(params, batch, *frozen) -> {name: (sum, count)} with "loss" among the names; no dropout."""
 
+    bind = _binder(model, mesh)
+
     @jax.jit
     def step(params: Params, batch: Batch, *frozen: Params) -> dict[str, tuple[jax.Array, jax.Array]]:
-        loss, count, metrics = objective(model.bind(params, *frozen), batch, None)
+        loss, count, metrics = objective(bind(params, *frozen), batch, None)
         return {"loss": (loss, count)} | metrics
 
     return _OnMesh(step, mesh)
+
+
+def _binder(model: Trainable, mesh: Mesh) -> Callable[..., Any]:
+    """`model.bind`; on one CPU device with the layers apart, to spare copies: see `tree.PerLayer`."""
+    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+        return model.bind
+    return lambda *trees: model.bind(*map(layers_apart, trees))
 
 
 def _gradient(
@@ -96,31 +108,42 @@ def _gradient(
 ) -> tuple[Params, jax.Array, dict[str, jax.Array]]:
     """(gradient of the mean loss, mean loss, mean metrics) of a batch computed in parts."""
 
-    def loss_sum(params, part, key):
-        loss, count, metrics = objective(bind(params), part, key)
-        return loss, (loss, count, metrics)
+    def forward(part, index):
+        """(function from the loss sum's cotangent to that of the parameters, the sums of a part)."""
 
-    def part_sums(part, index):
-        grads, (loss, count, metrics) = jax.grad(loss_sum, has_aux=True)(
-            params, part, jax.random.fold_in(key, index)
-        )
-        return grads, loss, count, metrics
+        def loss_sum(params):
+            loss, count, metrics = objective(bind(params), part, jax.random.fold_in(key, index))
+            return loss, (count, metrics)
+
+        loss, back, (count, metrics) = jax.vjp(loss_sum, params, has_aux=True)
+        return back, (loss, count, metrics)
 
     if accumulate == 1:
-        sums = part_sums(batch, 0)
+        back, (loss, count, metrics) = forward(batch, 0)
+        # Divided here, and not in the gradients, which that would read and write once more.
+        (grads,) = back(1.0 / _positive(count))
     else:
         parts = jax.tree.map(lambda x: _split_rows(x, accumulate), batch)
+
+        def part_sums(part, index):
+            back, sums = forward(part, index)
+            return back(jnp.ones_like(sums[0]))[0], sums
+
         first = jax.eval_shape(part_sums, jax.tree.map(lambda x: x[0], parts), 0)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
 
         def add(sums, indexed):
             return jax.tree.map(jnp.add, sums, part_sums(*indexed)), None
 
-        sums, _ = jax.lax.scan(add, zeros, (parts, jnp.arange(accumulate)))
-    grads, loss, count, metrics = sums
-    count = jnp.maximum(count, 1e-6)  # a batch without any target has the gradient 0
-    grads = jax.tree.map(lambda g: g / count, grads)
-    return grads, loss / count, {name: s / jnp.maximum(n, 1.0) for name, (s, n) in metrics.items()}
+        (grads, (loss, count, metrics)), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(accumulate)))
+        grads = jax.tree.map(lambda g: g / _positive(count), grads)
+    means = {name: s / jnp.maximum(n, 1.0) for name, (s, n) in metrics.items()}
+    return grads, loss / _positive(count), means
+
+
+def _positive(count: jax.Array) -> jax.Array:
+    """What to divide by: a batch without any target has the loss and the gradient 0."""
+    return jnp.maximum(count, 1e-6)
 
 
 def _norm(tree: Params) -> jax.Array:
