@@ -1,0 +1,117 @@
+"""The one way to make settings from a mapping or a config file, and back.
+
+`from_dict` builds a frozen dataclass from nested mappings and refuses unknown keys with the nearest
+name; `to_dict` is its inverse (JSON-ready). absl's `--config.a.b=v` overrides go through
+`ml_collections`.
+"""
+
+import dataclasses
+import difflib
+import re
+import runpy
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+
+def from_dict(cls: type, values: Mapping[str, Any], where: str = "config") -> Any:
+    """A frozen dataclass `cls` from nested mappings; unknown keys and wrong types are errors.
+
+    Raises ValueError that names the key, what was expected and the nearest known name.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    built = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ValueError(f"{where}.{key} is not a setting{nearest(key, fields)}")
+        built[key] = _convert(hints[key], value, f"{where}.{key}")
+    missing = [
+        f.name
+        for f in fields.values()
+        if f.name not in built
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}, which {cls.__name__} needs")
+    return cls(**built)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dict of a config dataclass, tuples as lists: what config.json holds."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+    return plain(config)
+
+
+def to_config_dict(config: Any) -> ml_collections.ConfigDict:
+    """The `ml_collections` form that a file under configs/ returns, so that flags can override it."""
+
+    def convert(value):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            names = [f.name for f in dataclasses.fields(value)]
+            return ml_collections.ConfigDict(
+                {n: convert(getattr(value, n)) for n in names}, type_safe=False
+            )
+        return value
+
+    return convert(config)
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """'; did you mean X?' for the closest known name, or the list of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def unknown_override(argv: typing.Iterable[str]) -> str | None:
+    """What is wrong with the first `--config.a.b` in argv that the `--config` file does not have."""
+    argv = list(argv)
+    text = " ".join(argv)
+    path = re.search(r"(?:^|\s)--?config[= ](\S+)", text)
+    if path is None:
+        return None
+    file, _, argument = path[1].partition(":")  # --config=FILE:ARGUMENT calls get_config(ARGUMENT)
+    config = runpy.run_path(file)["get_config"](*([argument] if argument else []))
+    for name in re.findall(r"(?:^|\s)--?(?:no)?config\.([\w.]+)", text):
+        node = config
+        for key in name.split("."):
+            if not isinstance(node, ml_collections.ConfigDict):
+                return f"--config.{name}: {path[1]} has a value there, not a group of settings"
+            if key not in node:
+                return f"--config.{name}: {path[1]} has no setting {key!r}{nearest(key, node.keys())}"
+            node = node[key]
+    return None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type: nested dataclasses, optionals, tuples, numbers, strings."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (hint,) = (a for a in args if a is not type(None))
+        return _convert(hint, value, where)
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, where)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict and isinstance(value, Mapping):
+        return {k: _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    expected = origin or hint
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        raise ValueError(f"{where}={value!r}: expected {getattr(hint, '__name__', hint)}")
+    return value
