@@ -2,6 +2,7 @@
 
     python scripts/train_tokenizer.py --input=corpus.txt --output=tokenizer --vocab_size=8000
     python scripts/train_tokenizer.py --input=train.tsv,more.jsonl --field=text --output=tokenizer
+    python scripts/train_tokenizer.py --input=posts.txt --output=tokenizer --replace='@\\w+=><user>'
 
 Writes OUTPUT/tokenizer.model, tokenizer_config.json and, where it is exact, tokenizer.json (which
 `transformers` reads). Prints what it made; with --json one JSON object on standard output.
@@ -29,6 +30,9 @@ _FALLBACK = flags.DEFINE_bool("byte_fallback", True, "Write unknown characters a
 _NORMALIZATION = flags.DEFINE_enum("normalization", "identity", NORMALIZATIONS, "Unicode rule.")
 _SYMBOLS = flags.DEFINE_list("user_defined_symbols", [], "Texts that are always one token.")
 _CONTROL = flags.DEFINE_list("control_symbols", [], "Further special tokens.")
+_REPLACE = flags.DEFINE_multi_string(
+    "replace", [], "REGEX=>TEXT, applied to every text, here and in use; TEXT is always one token."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
 
@@ -55,6 +59,7 @@ def train() -> dict[str, str | int | float | bool]:
         normalization=_NORMALIZATION.value,
         user_defined_symbols=_SYMBOLS.value,
         control_symbols=_CONTROL.value,
+        replacements=[tuple(rule.rsplit("=>", 1)) for rule in _REPLACE.value],
     )
     sample = texts[:: max(1, len(texts) // 10_000)]
     tokens = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in sample)

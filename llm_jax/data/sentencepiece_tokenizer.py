@@ -8,9 +8,10 @@ from pathlib import Path
 
 import sentencepiece
 import tokenizers
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, Regex, normalizers, processors
 
 from llm_jax.data.detokenize import REPLACE_EACH_BYTE, SPACE, Detokenizer, byte_piece
+from llm_jax.data.replacements import replacer
 from llm_jax.data.sentencepiece_model import (
     BYTE,
     CONTROL,
@@ -47,7 +48,8 @@ class SentencePieceTokenizer(Tokenizer):
     BOS is put before a text and EOS not after it, unless `add_bos_token` and `add_eos_token` of the
     config say otherwise. Control pieces (`<s>`), the unknown piece and added tokens written in a
     text become their ids; each stretch of text between them is encoded on its own, every one with
-    the model's dummy prefix (with `"legacy": false` in the config, only one that opens the text).
+    the model's dummy prefix (with `"legacy": false` in the config, only one that opens the text). The
+    `replacements` of the config are applied to each stretch first; `decode` does not take them back.
 
     model: the bytes of the `.model` file; ValueError when they are damaged or use a feature (spaces
     as suffix, a denormalizer) that decoding here does not have.
@@ -71,6 +73,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._tokens = named | _added_tokens(config, self._processor)
         self._token_ids = {token.content: id_ for id_, token in self._tokens.items()}
         self._split = _splitter(self._tokens)
+        self._replace = replacer(config.replacements)
         super().__init__(
             vocab_size=max([size, *(id_ + 1 for id_ in self._tokens)]),
             roles=self._roles(config),
@@ -160,6 +163,8 @@ class SentencePieceTokenizer(Tokenizer):
         except ValueError as error:
             _LOG.info("no tokenizer.json: %s", error)
             return None
+        replacements = [normalizers.Replace(Regex(p), by) for p, by in self.config.replacements]
+        fast.normalizer = normalizers.Sequence([*replacements, fast.normalizer])
         fast.add_tokens(list(self._tokens.values()))
         renamed = [t.content for id_, t in self._tokens.items() if fast.token_to_id(t.content) != id_]
         if renamed:
@@ -211,7 +216,7 @@ class SentencePieceTokenizer(Tokenizer):
             elif part:
                 prefixed = self._prefix_always or index == 0
                 processor = self._processor if prefixed else self._unprefixed
-                yield from segment(processor, part)
+                yield from segment(processor, self._replace(part))
 
     @functools.cached_property
     def _sampler(self) -> SegmentationSampler:

@@ -13,6 +13,7 @@ Nothing is skipped or repaired in silence: what cannot be read raises ValueError
 import csv
 import io
 import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -142,6 +143,28 @@ def read_labelled(
         if name not in index:
             raise ValueError(f"{path}:{line}: {label_field} {name!r} is not one of the labels {labels}")
     return texts, np.array([index[name] for name in names], np.int32), labels
+
+
+def read_weights(path: str | Path, field: str) -> np.ndarray:
+    """The column `field` of a table or JSONL, numbers of 0 or more: [n] float64.
+
+    Raises ValueError with file and line for anything else, and where all of them are 0.
+    """
+    path, weights = str(path), []
+    for line, record in read_records(path):
+        value = record_field(path, line, record, field)
+        try:
+            weight = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            weight = math.nan
+        if not 0 <= weight < math.inf:
+            raise ValueError(
+                f"{path}:{line}: field {field!r} is {value!r}; expected a number of 0 or more"
+            )
+        weights.append(weight)
+    if not any(weights):
+        raise ValueError(f"{path}: every {field!r} is 0, so no record counts")
+    return np.array(weights)
 
 
 def find_table(folder: Path, stem: str) -> Path:

@@ -51,6 +51,14 @@ class TokenizerConfig:
         missing = {role: text for role, text in defaults.items() if role not in named}
         return dataclasses.replace(self, tokens={**missing, **self.tokens})
 
+    @property
+    def replacements(self) -> tuple[tuple[str, str], ...]:
+        """What `llm_jax.data.replacements` applies to every text: an entry of ours."""
+        pairs = self.values.get("replacements") or ()
+        if not isinstance(pairs, (list, tuple)):
+            raise ValueError(f"{_CONFIG}: replacements must be a list of pairs, got {pairs!r}")
+        return tuple(tuple(pair) if isinstance(pair, list) else pair for pair in pairs)
+
     def option(self, name: str, default: bool) -> bool:
         """A boolean of tokenizer_config.json; ValueError when it is there and no boolean."""
         value = self.values.get(name)

@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models
 
 from llm_jax.data.fast_tokenizer import FastTokenizer
+from llm_jax.data.replacements import Replacements, replacer
 from llm_jax.data.sentencepiece_model import round_scores
 from llm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llm_jax.data.tokenizer_config import TokenizerConfig
@@ -43,6 +44,7 @@ def train_sentencepiece(
     normalization: str = "identity",
     user_defined_symbols: Sequence[str] = (),
     control_symbols: Sequence[str] = (),
+    replacements: Replacements = (),
 ) -> SentencePieceTokenizer:
     """Train on `texts` and write tokenizer.model, tokenizer.json and tokenizer_config.json.
 
@@ -59,11 +61,14 @@ def train_sentencepiece(
         "identity" spaces are cleaned too, and tokenizer.json is written only if it is exact.
     user_defined_symbols: texts that are always one token.
     control_symbols: special tokens beyond the four, such as <|im_start|>.
+    replacements: applied to the texts, and to all that the tokenizer will be given (`replacements.py`);
+        what is put in place of something is always one token.
 
     ValueError when there is no text, or the vocabulary cannot even hold its characters.
     """
     _check(vocab_size, model_type, normalization, character_coverage)
-    lines = _lines(texts)
+    put = dict.fromkeys(by for _, by in replacements if by)
+    lines = _lines(map(replacer(replacements), texts))
     sample = list(itertools.islice(lines, _SAMPLE))
     if not sample:
         raise ValueError("there is no text to train the tokenizer on: every text is empty")
@@ -83,7 +88,7 @@ def train_sentencepiece(
             allow_whitespace_only_pieces=identity,
             split_digits=True,
             max_sentence_length=1 << 24,  # bytes; longer lines would be left out silently
-            user_defined_symbols=list(user_defined_symbols),
+            user_defined_symbols=list(dict.fromkeys([*user_defined_symbols, *put])),
             control_symbols=list(control_symbols),
             pad_id=PAD_ID,
             unk_id=UNK_ID,
@@ -99,6 +104,8 @@ def train_sentencepiece(
             "all characters (and 256 bytes) fit"
         ) from error
     config = TokenizerConfig({"add_bos_token": True, "add_eos_token": False})
+    if replacements:
+        config.values["replacements"] = [list(pair) for pair in replacements]
     tokenizer = SentencePieceTokenizer(round_scores(model.getvalue(), _SCORE_STEP), config)
     if tokenizer.vocab_size < vocab_size:
         _LOG.warning("the text yields %d pieces, not the %d asked for", tokenizer.vocab_size, vocab_size)
