@@ -69,7 +69,7 @@ CONFIG = QuestionAnsweringConfig(
     answer_tokens=4,
     mark_matches=True,
     eval_fraction=0.2,
-    optim=OptimConfig(1e-2, warmup_fraction=0.1),
+    optim=OptimConfig(5e-3, warmup_fraction=0.1),
     batch_size=32,
     steps=150,
     log_every=50,
