@@ -12,7 +12,6 @@ Settings for larger sets, which are not part of this repository: they are looked
 folder that the environment variable LLM_JAX_SHARED names, ../shared if unset.
 
     --config=configs/sentiment.py:weibo          posts in three classes (SMP2020-EWECT)
-    --config=configs/sentiment.py:weibo_small    the same without n-grams: finer labels, R-Drop
     --config=configs/sentiment.py:chnsenticorp   reviews in two classes (ChnSentiCorp)
     --config=configs/sentiment.py:airline        English tweets in three classes (Twitter US Airline)
     --config=configs/sentiment.py:thucnews       titles of news in ten topics (THUCNews)
@@ -27,6 +26,7 @@ from llm_jax.config import (
     ClassificationConfig,
     ModelConfig,
     OptimConfig,
+    PretrainConfig,
     nearest,
     to_config_dict,
 )
@@ -93,6 +93,26 @@ def adamw(learning_rate, ema_decay, weight_decay=0.05):
     )
 
 
+def pretraining(epochs):
+    """Masked-LM training on the same texts first, in rows of 128 tokens."""
+    return PretrainConfig(
+        dropout=0.1,
+        optim=adamw(learning_rate=1e-3, ema_decay=0.998, weight_decay=0.01),
+        batch_size=32,
+        epochs=epochs,
+        log_every=100,
+        eval_every=500,
+    )
+
+
+# What posts are full of, each of another one: links, authors of forwarded posts, users
+POSTS = (
+    (r"https?://[\w./?=&%#~-]+", "<link>"),
+    (r"//@[^:：\s]{1,30}[:：]", "<from>"),
+    (r"@[\w-]{1,30}", "<user>"),
+)
+TWEETS = ((r"https?://\S+", "<link>"), (r"@\w+", "<user>"))
+
 SETTINGS = {  # name: (folder, settings)
     "bundled": (
         OWN / "sentiment_zh",
@@ -110,39 +130,19 @@ SETTINGS = {  # name: (folder, settings)
         SHARED / "sentiment3_zh_weibo",
         {
             "label_field": "label_zh",
-            "balance_classes": True,  # half of the posts are negative; macro-F1 counts classes
-            "token_dropout": 0.15,
-            "label_smoothing": 0.2,
-            "model": encoder(
-                vocab_size=8000,
-                num_layers=1,
-                embed_dim=96,
-                dropout=0.4,
-                ngram_orders=(2, 3),
-                ngram_buckets=65536,
-                ngram_dropout=0.7,  # with less, n-grams that only one post has are learnt by heart
-            ),
-            "optim": adamw(learning_rate=1e-3, ema_decay=0.998, weight_decay=0.2),
-            "batch_size": 128,
-            "epochs": 5.0,
-            "log_every": 50,
-            "eval_every": 247,
-        },
-    ),
-    "weibo_small": (
-        SHARED / "sentiment3_zh_weibo",
-        {
-            "label_field": "label_zh",
             "fine_label_field": "emotion",  # anger, sadness and fear are all negative
-            "balance_classes": True,
+            "balance_classes": True,  # half of the posts are negative; macro-F1 counts classes
             "balance_field": "domain",  # a fifth of the posts, and half of dev, is about the epidemic
+            "replacements": POSTS,
+            "symbols": r"\[[^\[\]\s]{1,8}\]",  # [心]
             "r_drop": 1.0,
             "token_dropout": 0.15,
             "label_smoothing": 0.2,
-            "model": encoder(vocab_size=8000, num_layers=1, embed_dim=96, dropout=0.4),
-            "optim": adamw(learning_rate=1.5e-3, ema_decay=0.998, weight_decay=0.2),
+            "model": encoder(vocab_size=8000, num_layers=1, embed_dim=128),
+            "pretrain": pretraining(epochs=14.0),
+            "optim": adamw(learning_rate=1e-3, ema_decay=0.998, weight_decay=0.2),
             "batch_size": 128,
-            "epochs": 5.0,
+            "epochs": 4.0,
             "log_every": 50,
             "eval_every": 247,
         },
@@ -173,18 +173,16 @@ SETTINGS = {  # name: (folder, settings)
         {
             "label_field": "label_en",
             "balance_classes": True,
+            "weight_field": "confidence",  # of the annotators
+            "normalization": "nmt_nfkc_cf",  # case folded, among others
+            "replacements": TWEETS,
+            "r_drop": 1.0,
             "token_dropout": 0.15,
-            "model": encoder(
-                vocab_size=6000,
-                num_layers=1,
-                embed_dim=96,
-                ngram_orders=(2, 3),
-                ngram_buckets=65536,
-                ngram_dropout=0.7,
-            ),
-            "optim": adamw(learning_rate=1.5e-3, ema_decay=0.99),
+            "model": encoder(vocab_size=6000, num_layers=1, embed_dim=128),
+            "pretrain": pretraining(epochs=30.0),
+            "optim": adamw(learning_rate=1e-3, ema_decay=0.99),
             "batch_size": 64,
-            "epochs": 8.0,
+            "epochs": 6.0,
             "log_every": 50,
             "eval_every": 171,
         },
@@ -193,18 +191,13 @@ SETTINGS = {  # name: (folder, settings)
         SHARED / "topic10_zh_thucnews" / "train.tsv",
         {
             "label_field": "label_name",
+            "r_drop": 1.0,
             "token_dropout": 0.15,
-            "model": encoder(
-                vocab_size=8000,
-                num_layers=1,
-                embed_dim=96,
-                ngram_orders=(2, 3),
-                ngram_buckets=65536,
-                ngram_dropout=0.7,
-            ),
-            "optim": adamw(learning_rate=1.5e-3, ema_decay=0.99),
+            "model": encoder(vocab_size=8000, num_layers=1, embed_dim=128),
+            "pretrain": pretraining(epochs=40.0),
+            "optim": adamw(learning_rate=1e-3, ema_decay=0.99),
             "batch_size": 64,
-            "epochs": 10.0,
+            "epochs": 6.0,
             "log_every": 50,
             "eval_every": 140,
         },

@@ -16,18 +16,19 @@ from jax.sharding import Mesh
 
 from llm_jax.checkpoint.peft import export_peft, peft_modules
 from llm_jax.checkpoint.workdir import begin_run, load_base, load_start
-from llm_jax.config import ClassificationConfig, ModelConfig, TrainConfig
+from llm_jax.config import ClassificationConfig, ModelConfig
 from llm_jax.data.loader import ExampleLoader, Transform, to_device
 from llm_jax.data.packing import Batch, batches_by_length, length_buckets
+from llm_jax.data.replacements import frequent_matches
 from llm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from llm_jax.data.sources import find_table, read_labelled
+from llm_jax.data.sources import find_table, read_labelled, read_weights
 from llm_jax.data.tasks import Example, classification_examples, encode_within, split
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.data.train_tokenizer import train_sentencepiece
 from llm_jax.models import Model, Params, Trainable, describe
 from llm_jax.models.lora import LoraModel
 from llm_jax.train.loop import Task, fit
-from llm_jax.train.masked_lm import fit_masked_lm, masked_lm_model, with_trunk
+from llm_jax.train.masked_lm import pretrain_encoder
 from llm_jax.train.metrics_log import Record
 from llm_jax.train.objectives import classification_logits, classification_loss
 from llm_jax.train.pretrained import Start, find_start
@@ -43,11 +44,13 @@ class Rows:
     gold: np.ndarray  # [n] int32, the class
     parts: np.ndarray  # [n] int32, which part of a class: what is learnt; = gold without finer labels
     groups: np.ndarray | None = None  # [n] int32, by the column `balance_field`
+    weights: np.ndarray | None = None  # [n], the column `weight_field`
 
     def at(self, places: Sequence[int]) -> "Rows":
         """The rows at these places."""
-        groups = None if self.groups is None else self.groups[places]
-        return Rows([self.texts[i] for i in places], self.gold[places], self.parts[places], groups)
+        groups, weights = (None if x is None else x[places] for x in (self.groups, self.weights))
+        texts = [self.texts[i] for i in places]
+        return Rows(texts, self.gold[places], self.parts[places], groups, weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +112,15 @@ def run(
 
     lengths = [len(e.tokens) for e in examples + dev]
     buckets = _buckets(longest if transform else max(lengths))
-    loader = _loader(examples, config, buckets, transform)
+    loader = ExampleLoader(
+        examples,
+        config.batch_size,
+        config.seed,
+        buckets,
+        transform=transform,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+    )
     steps = config.steps or round(config.epochs * loader.steps_per_epoch)
     objective = functools.partial(
         classification_loss, label_smoothing=config.label_smoothing, r_drop=config.r_drop
@@ -118,8 +129,9 @@ def run(
     trained, start, frozen = begin or (model, None, ())
     predict = make_predict(trained, dev_batches, labels, mesh, frozen)
     if config.pretrain is not None:
-        data = (tokenizer, examples, dev, buckets)
-        start = functools.partial(_pretrain, config, model, *data, mesh, workdir / "pretrain")
+        texts, row = (rows.texts, held_out.texts), config.max_tokens
+        stage = (config.pretrain, model, tokenizer, tokenizer.encode, *texts, row, mesh, workdir)
+        start = functools.partial(pretrain_encoder, *stage)
     task = Task(trained, objective, loader, lambda params: predict(params).metrics(), start, frozen)
     state = fit(task, config, mesh, workdir, steps=steps, echo=echo)
     if isinstance(trained, LoraModel) and not (workdir / "adapter").exists():
@@ -181,48 +193,6 @@ def _beginning(
 def _zeros(x: jax.Array) -> jax.Array:
     """Zeros on the shards of `x`."""
     return 0.0 * x
-
-
-def _pretrain(
-    config: ClassificationConfig,
-    model: Model,
-    tokenizer: Tokenizer,
-    examples: Sequence[Example],
-    dev: Sequence[Example],
-    buckets: Sequence[int],
-    mesh: Mesh,
-    workdir: Path,
-    key: jax.Array,
-) -> Params:
-    """First parameters of the classifier `model`: masked-LM training on the texts, judged on dev.
-
-    The head is drawn with `key`. The training has a workdir of its own, from which it resumes.
-    """
-    stage = config.pretrain
-    assert stage is not None
-    encoder = masked_lm_model(model.config)
-    whole_texts = dataclasses.replace(config, token_dropout=0.0)
-    loader = _loader(examples, stage, buckets, _augmentation(tokenizer, whole_texts))
-    batches = eval_batches(dev, stage.batch_size, buckets)
-    trunk = fit_masked_lm(encoder, tokenizer, loader, batches, stage, mesh, workdir)
-    return with_trunk(trunk, model, mesh, key)
-
-
-def _loader(
-    examples: Sequence[Example],
-    config: TrainConfig,
-    buckets: Sequence[int],
-    transform: Transform | None,
-) -> ExampleLoader:
-    return ExampleLoader(
-        examples,
-        config.batch_size,
-        config.seed,
-        buckets,
-        transform=transform,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
-    )
 
 
 def make_predict(
@@ -290,7 +260,8 @@ def _read(config: ClassificationConfig, known: tuple[str, ...] = ()):
         for field in (config.fine_label_field, config.balance_field)
     )
     parts, class_parts = (gold, ()) if fine is None else number_parts(gold, fine)
-    rows = Rows(texts, gold, parts, groups)
+    weights = read_weights(path, config.weight_field) if config.weight_field else None
+    rows = Rows(texts, gold, parts, groups, weights)
     if eval_path:
         eval_texts, eval_gold, _ = read_labelled(eval_path, labels=labels, **fields)
         return rows, Rows(eval_texts, eval_gold, eval_gold), labels, class_parts
@@ -308,6 +279,9 @@ def _tokenizer(config: ClassificationConfig, texts: Sequence[str], directory: Pa
             directory,
             vocab_size=config.model.vocab_size,
             character_coverage=config.character_coverage,
+            normalization=config.normalization,
+            user_defined_symbols=frequent_matches(texts, config.symbols) if config.symbols else (),
+            replacements=config.replacements,
         )
     if not directory.is_dir():
         _load(Path(config.tokenizer)).save(directory)
@@ -340,12 +314,13 @@ def number_parts(gold: np.ndarray, fine: np.ndarray) -> tuple[np.ndarray, tuple[
 def row_weights(rows: Rows, *, balance_classes: bool) -> np.ndarray:
     """What each row weighs in the loss, [n] with mean 1.
 
-    balance_classes: rows of a class weigh 1 / their number, so that all classes weigh the same. Groups
-    of `balance_field` weigh 1 / sqrt of theirs, half way there (as Mahajan et al. 2018 sample).
+    Each row's own weight, if it has one. balance_classes: rows of a class are divided by their sum, so
+    that all classes weigh the same. Groups of `balance_field` weigh 1 / sqrt of their number, half way
+    there (as Mahajan et al. 2018 sample).
     """
-    weights = np.ones(len(rows.gold))
+    weights = np.ones(len(rows.gold)) if rows.weights is None else rows.weights.astype(np.float64)
     if balance_classes:
-        weights /= np.bincount(rows.gold)[rows.gold]
+        weights = weights / np.maximum(np.bincount(rows.gold, weights), 1e-300)[rows.gold]
     if rows.groups is not None:
         weights /= np.sqrt(np.bincount(rows.groups)[rows.groups])
     return weights / weights.mean()

@@ -11,7 +11,7 @@ Its embeddings and layers then start a classifier or a reader, which leave the v
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -24,7 +24,7 @@ from llm_jax.data.loader import ExampleLoader, PackedLoader
 from llm_jax.data.packing import Batch, pack, row_batches
 from llm_jax.data.sources import read_listed
 from llm_jax.data.store_rows import Source, SplitBatches, SplitRows, StoreLoader
-from llm_jax.data.tasks import documents, split
+from llm_jax.data.tasks import Encode, documents, split
 from llm_jax.data.token_store import EVAL, is_store, open_store
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.data.train_tokenizer import train_sentencepiece
@@ -120,8 +120,38 @@ def fit_masked_lm(
     return fit(task, config, mesh, workdir, steps=steps, echo=echo).best_params
 
 
-def masked_lm_model(config: ModelConfig) -> Model:
-    """The same encoder with a vocabulary head in place of its own; float32 master weights."""
+def pretrain_encoder(
+    stage: PretrainConfig,
+    model: Model,
+    tokenizer: Tokenizer,
+    encode: Encode,
+    texts: Iterable[str],
+    held_out: Iterable[str],
+    row_tokens: int,
+    mesh: Mesh,
+    workdir: Path,
+    key: jax.Array,
+) -> Params:
+    """First parameters of `model`: masked-LM training on `texts`, judged on `held_out`; heads by `key`.
+
+    Texts as `encode` has them are packed into rows of `row_tokens`. The training has a workdir of its
+    own, WORKDIR/pretrain, from which it resumes.
+    """
+    rows, judged = (pack(documents(part, encode), row_tokens) for part in (texts, held_out))
+    loader = PackedLoader(rows, stage.batch_size, stage.seed, **_this_host())
+    batches = row_batches(judged, stage.batch_size)
+    encoder = masked_lm_model(model.config, stage.dropout)
+    trunk = fit_masked_lm(encoder, tokenizer, loader, batches, stage, mesh, workdir / "pretrain")
+    return with_trunk(trunk, model, mesh, key)
+
+
+def masked_lm_model(config: ModelConfig, dropout: float | None = None) -> Model:
+    """The same encoder with a vocabulary head in place of its own; float32 master weights.
+
+    dropout: None = the encoder's.
+    """
+    if dropout is not None:
+        config = dataclasses.replace(config, dropout=dropout)
     changes = {"head": "masked_lm", "tie_embeddings": True, "pooler": False, "param_dtype": "float32"}
     return describe(dataclasses.replace(config, num_classes=0, labels=(), class_parts=(), **changes))
 
@@ -223,4 +253,5 @@ def _model_config(
         raise ValueError(f"init_from={start.path!r} is a {found.family!r} decoder; expected an encoder")
     start.check("row_tokens", config.row_tokens, tokenizer)
     changes = {"head": "masked_lm", "pooler": False, "num_classes": 0, "labels": (), "class_parts": ()}
-    return dataclasses.replace(found, **changes)
+    dropout = found.dropout if config.dropout is None else config.dropout
+    return dataclasses.replace(found, dropout=dropout, **changes)

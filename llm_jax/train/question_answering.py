@@ -23,7 +23,7 @@ from llm_jax.checkpoint.workdir import begin_run, load_start
 from llm_jax.config import ModelConfig, QuestionAnsweringConfig, TrainConfig
 from llm_jax.data.fast_tokenizer import FastTokenizer
 from llm_jax.data.loader import PackedLoader, to_device
-from llm_jax.data.packing import Batch, pack, row_batches
+from llm_jax.data.packing import Batch, row_batches
 from llm_jax.data.question_answering import (
     Question,
     Reading,
@@ -35,7 +35,7 @@ from llm_jax.data.question_answering import (
     reading_of,
 )
 from llm_jax.data.sources import read_listed
-from llm_jax.data.tasks import documents, split
+from llm_jax.data.tasks import split
 from llm_jax.data.tokenizer import load_tokenizer
 from llm_jax.data.train_tokenizer import train_sentencepiece
 from llm_jax.models import Model, Params, describe
@@ -43,7 +43,7 @@ from llm_jax.models.transformer import Transformer
 from llm_jax.ops.attention import FullContext
 from llm_jax.ops.losses import cross_entropy
 from llm_jax.train.loop import Task, fit, make_evaluate
-from llm_jax.train.masked_lm import fit_masked_lm, masked_lm_model, with_trunk
+from llm_jax.train.masked_lm import pretrain_encoder
 from llm_jax.train.metrics_log import Record
 from llm_jax.train.objectives import Metrics
 from llm_jax.train.pretrained import Start, find_start
@@ -90,8 +90,11 @@ def run(
     if found is not None:
         start = lambda key: load_start(found.path, model, mesh, key)[0]  # noqa: E731
     elif config.pretrain is not None:
-        contexts = [question.context for question in questions], [q.context for q in held_out]
-        start = functools.partial(_pretrain, config, model, tokenizer, *contexts, mesh, workdir)
+        read, judged = (dict.fromkeys(q.context for q in part) for part in (questions, held_out))
+        texts = [*read, *(read_listed(config.pretrain_data) if config.pretrain_data else ())]
+        encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+        data = (tokenizer, encode, texts, judged, config.max_tokens, mesh, workdir)
+        start = functools.partial(pretrain_encoder, config.pretrain, model, *data)
     task = Task(model, span_loss, loader, lambda params: judge(params)[0], start)
     state = fit(task, config, mesh, workdir, steps=steps, echo=echo)
     numbers, answers = judge(state.best_params)
@@ -152,34 +155,6 @@ def make_judge(
         return evaluate(params) | scores, dict(zip(ids, texts, strict=True))
 
     return judge
-
-
-def _pretrain(
-    config: QuestionAnsweringConfig,
-    model: Model,
-    tokenizer: FastTokenizer,
-    contexts: Sequence[str],
-    held_out: Sequence[str],
-    mesh: Mesh,
-    workdir: Path,
-    key: jax.Array,
-) -> Params:
-    """First parameters of `model`: masked-LM training on the texts, in WORKDIR/pretrain.
-
-    Further texts are those of `config.pretrain_data`; it is judged on the held-out texts.
-    """
-    stage = config.pretrain
-    assert stage is not None
-    further = read_listed(config.pretrain_data) if config.pretrain_data else []
-    texts = [*dict.fromkeys(contexts), *further]
-    encode = functools.partial(tokenizer.encode, add_special_tokens=False)
-    rows, judged = (
-        pack(documents(part, encode), config.max_tokens) for part in (texts, [*dict.fromkeys(held_out)])
-    )
-    encoder, loader = masked_lm_model(model.config), _loader(rows, stage)
-    batches = row_batches(judged, stage.batch_size)
-    trunk = fit_masked_lm(encoder, tokenizer, loader, batches, stage, mesh, workdir / "pretrain")
-    return with_trunk(trunk, model, mesh, key)
 
 
 def _loader(rows: Batch, config: TrainConfig) -> PackedLoader:

@@ -129,6 +129,10 @@ def test_classes_weigh_the_same_and_groups_as_roots():
     assert weights.mean() == pytest.approx(1.0)
     assert weights[gold == 0].sum() == pytest.approx(weights[gold == 1].sum())
     assert weights[groups == 0].sum() / weights[groups == 1].sum() == pytest.approx(2.0)  # sqrt(80 / 20)
+    sure = np.where(np.arange(100) % 5, 1.0, 0.25)
+    weights = row_weights(dataclasses.replace(rows, groups=None, weights=sure), balance_classes=True)
+    assert weights[gold == 0].sum() == pytest.approx(weights[gold == 1].sum())
+    assert weights[1] / weights[0] == pytest.approx(4.0)
     plain = row_weights(dataclasses.replace(rows, groups=None), balance_classes=False)
     np.testing.assert_array_equal(plain, np.ones(100))
 
@@ -185,7 +189,13 @@ def test_settings_out_of_range_and_unknown_columns_are_refused(tmp_path):
     settings |= {"model": MODEL, "max_tokens": 32}
     with pytest.raises(ValueError, match=r"r_drop=-1"):
         ClassificationConfig(**settings, r_drop=-1.0)
-    for name in ("fine_label_field", "balance_field"):
+    for name in ("fine_label_field", "balance_field", "weight_field"):
         config = ClassificationConfig(**settings, **{name: "feelin"})
         with pytest.raises(ValueError, match="'feelin'"):
             classification.run(config, tmp_path / "run", make_mesh("data:1"))
+    config = ClassificationConfig(**settings, weight_field="feeling")
+    with pytest.raises(ValueError, match=r"posts.tsv:2: field 'feeling' is 'joy'"):
+        classification.run(config, tmp_path / "run", make_mesh("data:1"))
+    tokenizer = {"tokenizer": "some", "symbols": "a"}
+    with pytest.raises(ValueError, match=r"symbols='a'.*tokenizer"):
+        ClassificationConfig(**settings, **tokenizer)
