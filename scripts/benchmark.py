@@ -31,6 +31,7 @@ SHAPE = flags.DEFINE_enum("shape", "gpt2", sorted({*SHAPES, *TRAIN_SHAPES}), "Si
 BATCH = flags.DEFINE_list("batch", ["1"], "Rows; several may be given.")
 PROMPT = flags.DEFINE_integer("prompt_tokens", None, "Prompt length; default 32, prefill 512.")
 NEW = flags.DEFINE_integer("new_tokens", 64, "Tokens to decode.", lower_bound=2)
+MESH = flags.DEFINE_string("mesh", "", "Our devices with --case=train, such as data:2; '' = one.")
 STEPS = flags.DEFINE_integer("steps", 5, "Training steps in a round.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds; the medians are reported.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "One JSON object a line on stdout, nothing else.")
@@ -58,8 +59,8 @@ def measure(case, llm, peer_seconds, batch, prompt_tokens, new_tokens):
 
 def report(case, ours, peer, unit):
     """One line of result."""
-    record = {"case": case, "ours": round(ours, 2), "peer": round(peer, 2)}
-    record |= {"ratio": round(ours / peer, 3), "unit": unit}
+    numbers = {"ours": round(ours, 2), "peer": round(peer, 2), "ratio": round(ours / peer, 3)}
+    record = {"case": case, **numbers, "unit": unit}
     line = f"{case:44} ours {ours:9.1f}  peer {peer:9.1f}  {unit}  ratio {ours / peer:.2f}"
     print(json.dumps(record) if JSON.value else line, flush=True)
 
@@ -68,18 +69,19 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     name = PEER.value or PEERS[CASE.value][0]
-    if name not in PEERS[CASE.value]:
-        raise ValueError(f"--peer={name}: expected one of {PEERS[CASE.value]} with --case={CASE.value}")
+    if name not in (known := PEERS[CASE.value]):
+        raise ValueError(f"--peer={name}: expected one of {known} with --case={CASE.value}")
+    if MESH.value and CASE.value != "train":
+        raise ValueError(f"--mesh={MESH.value}: --case={CASE.value} runs on one device; leave it out")
     try:  # here, so that --help needs neither
         import torch
         import transformers
     except ImportError as error:
         raise ValueError(f'{error}; pip install "llm_jax[test]" (torch, transformers)') from error
     if CASE.value == "train":
-        sides = rivals(torch, SHAPE.value, compiled=name == "torch_compile", steps=STEPS.value)
-        speeds = interleaved(sides, REPEATS.value)
-        report(f"train/{SHAPE.value}/{name}", speeds["ours"], speeds["peer"], "tokens/s")
-        return
+        options = {"compiled": name == "torch_compile", "steps": STEPS.value, "mesh": MESH.value}
+        speeds = interleaved(rivals(torch, SHAPE.value, **options), REPEATS.value)
+        return report(f"train/{SHAPE.value}/{name}", speeds["ours"], speeds["peer"], "tokens/s")
     peer = random_model(transformers, SHAPE.value)
     llm, peer_seconds = same_weights(peer), functools.partial(generate_seconds, torch, peer)
     prompt_tokens = PROMPT.value or (512 if CASE.value == "prefill" else 32)
@@ -87,8 +89,7 @@ def main(argv):
         speeds = measure("decode", llm, peer_seconds, 1, prompt_tokens, NEW.value)
         needed = decode_bytes(llm.model, 1, prompt_tokens + NEW.value // 2)
         machine = read_bandwidth() / 1e9
-        report(f"bandwidth/{SHAPE.value}/batch1", needed * speeds["ours"] / 1e9, machine, "GB/s")
-        return
+        return report(f"bandwidth/{SHAPE.value}/batch1", needed * speeds["ours"] / 1e9, machine, "GB/s")
     for batch in map(int, BATCH.value):
         speeds = measure(CASE.value, llm, peer_seconds, batch, prompt_tokens, NEW.value)
         report(f"{CASE.value}/{SHAPE.value}/batch{batch}", speeds["ours"], speeds["peer"], "tokens/s")

@@ -7,6 +7,7 @@ AdamW, in float32 on all cores. The caller hands in the module `torch`, without 
 Letters: B batch, T tokens, D embed, N heads, H head dim, L layers, V vocab.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -14,8 +15,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from llm_jax.config import ModelConfig, OptimConfig
+from llm_jax.data.loader import to_device
 from llm_jax.models import Model, Params, describe, init_params
 from llm_jax.sharding import make_mesh
 from llm_jax.train.objectives import lm_loss
@@ -63,15 +66,19 @@ TRAIN_SHAPES = {  # name: (model, B, T)
 
 
 def rivals(
-    torch: ModuleType, shape: str, *, compiled: bool, steps: int
+    torch: ModuleType, shape: str, *, compiled: bool, steps: int, mesh: str = ""
 ) -> dict[str, Callable[[], float]]:
-    """{"ours", "peer"}: each runs `steps` steps of a shape and returns tokens per second."""
+    """{"ours", "peer"}: each runs `steps` steps of a shape and returns tokens per second.
+
+    mesh: of our side, such as "data:2"; "" = one device.
+    """
     if shape not in TRAIN_SHAPES:
         raise ValueError(f"shape={shape!r}: expected one of {tuple(TRAIN_SHAPES)} to train")
     config, rows, length = TRAIN_SHAPES[shape]
     model, batch = describe(config), random_batch(config, rows, length)
-    params = init_params(model, make_mesh(""), jax.random.key(0))
-    sides = {"ours": our_step, "peer": torch_step(torch, compiled=compiled)}
+    params = init_params(model, make_mesh(mesh), jax.random.key(0))
+    ours = functools.partial(our_step, mesh=make_mesh(mesh))
+    sides = {"ours": ours, "peer": torch_step(torch, compiled=compiled)}
     made = {name: make(model, jax.tree.map(np.array, params), batch) for name, make in sides.items()}
 
     def speed(step: Step) -> Callable[[], float]:
@@ -98,14 +105,13 @@ def random_batch(config: ModelConfig, rows: int, length: int) -> dict[str, np.nd
     }
 
 
-def our_step(model: Model, params: Params, batch: dict[str, np.ndarray]) -> Step:
-    """The step of llm_jax/train/step.py on one device."""
-    mesh = make_mesh("")
+def our_step(model: Model, params: Params, batch: dict[str, np.ndarray], mesh: Mesh) -> Step:
+    """The step of llm_jax/train/step.py."""
     optimizer = make_optimizer(OPTIM, model, steps=1_000_000)
     train_step = make_train_step(model, lm_loss, optimizer, mesh)
     placed = jax.device_put(params, model.shardings(mesh))
     state, key = start_state(placed, model, optimizer, mesh), jax.random.key(0)
-    on_device = jax.device_put(batch)
+    on_device = to_device(batch, mesh)
 
     def step() -> jax.Array:
         nonlocal state

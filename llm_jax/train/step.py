@@ -92,8 +92,9 @@ def make_eval_step(model: Trainable, objective: Objective, mesh: Mesh) -> Callab
 
 
 def _binder(model: Trainable, mesh: Mesh) -> Callable[..., Any]:
-    """`model.bind`; on one CPU device with the layers apart, to spare copies: see `tree.PerLayer`."""
-    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+    """`model.bind`; with the layers apart where each CPU device has all of them: see `tree.PerLayer`."""
+    whole = mesh.size == mesh.shape["data"]
+    if not whole or mesh.devices.flat[0].platform != "cpu":
         return model.bind
     return lambda *trees: model.bind(*map(layers_apart, trees))
 

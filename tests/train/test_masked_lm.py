@@ -155,11 +155,15 @@ STILL = {"optim": OptimConfig(1e-30), "steps": 1, "batch_size": 8}  # nothing mo
 def test_it_goes_on_from_a_checkpoint(data, tmp_path):
     mesh, start, workdir = make_mesh("data:1"), tmp_path / "start", tmp_path / "run"
     tiny.MASKED["bert masked untied"].save_for(start, ByteTokenizer())
-    config = MaskedLanguageModelConfig(data=data, init_from=str(start), row_tokens=48, **STILL)
+    config = MaskedLanguageModelConfig(
+        data=data, init_from=str(start), row_tokens=48, dropout=0.25, **STILL
+    )
     masked_lm.run(config, workdir, mesh)
     before, trained = load_hf(start, describe(load_config(start)), mesh), load_trained(workdir, mesh)
     jax.tree.map(np.testing.assert_array_equal, trained.params, before)
-    assert trained.model.config.with_dtypes("cpu") == load_config(start).with_dtypes("cpu")
+    found = dataclasses.replace(trained.model.config, dropout=load_config(start).dropout)
+    assert trained.model.config.dropout == 0.25
+    assert found.with_dtypes("cpu") == load_config(start).with_dtypes("cpu")
 
 
 def test_a_token_store_is_read_with_its_own_tokenizer(tmp_path):
@@ -234,6 +238,8 @@ def test_others_go_on_from_it(data, tmp_path):
         ({"init_from": "x", "model": None, "tokenizer": "t"}, "tokenizer='t': expected its default ''"),
         ({"row_tokens": 49}, "row_tokens=49: expected at most model.max_positions=48"),
         ({"mask_rate": 1.0}, "mask_rate=1.0"),
+        ({"dropout": 0.2}, "dropout=0.2: expected its default None: model"),
+        ({"init_from": "x", "model": None, "dropout": 1.0}, "dropout=1.0"),
         ({"model": dataclasses.replace(MODEL, causal=True)}, "model.causal=True"),
         ({"model": dataclasses.replace(MODEL, head="span")}, "model.head='span'"),
     ],

@@ -283,7 +283,8 @@ def test_a_classifier_starts_from_the_encoder_that_was_pretrained(tmp_path):
     )
     classification.run(config, workdir, mesh)
     model = load_trained(workdir, mesh).model
-    encoder = masked_lm_model(model.config)
+    encoder = masked_lm_model(model.config, dropout=0.5)
+    assert (encoder.config.dropout, model.config.dropout) == (0.5, MODEL.dropout)
     pretrained = restore_params(workdir / "pretrain" / "checkpoints" / "30", encoder, mesh, item="ema")
     classifier = load_trained(workdir, mesh).params
     for name in ("embed", "layers"):
