@@ -22,9 +22,11 @@ from llm_jax.sharding import shard
 def gelu(x: jax.Array) -> jax.Array:
     """x times the normal distribution up to x (Hendrycks & Gimpel 2016).
 
-    By erf, as PyTorch has it: with the erfc of `jax.nn.gelu` XLA:CPU takes twice as long.
+    By erf, as PyTorch has it: with the erfc of `jax.nn.gelu` XLA:CPU takes twice as long. In float32,
+    also as there: in bfloat16 little would be left of 1 + erf where x is negative.
     """
-    return 0.5 * x * (1.0 + jax.lax.erf(x * 0.5**0.5))
+    y = x.astype(jnp.float32)
+    return (0.5 * y * (1.0 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
 
 ACTIVATIONS = {

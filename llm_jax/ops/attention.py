@@ -85,8 +85,8 @@ def dot_product_attention(
     peak = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores - peak).reshape(b, kv, n // kv * t, -1)
     # Divided after the product: H numbers a query and not S, in the backward pass too.
-    total = weights.sum(axis=-1, keepdims=True).astype(v.dtype)
-    out = jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), v) / total
+    out = jnp.einsum("bkts,bksh->bkth", weights.astype(v.dtype), v).astype(weights.dtype)
+    out = (out / weights.sum(axis=-1, keepdims=True)).astype(v.dtype)
     return out.reshape(b, kv, n // kv, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
