@@ -92,7 +92,9 @@ def layers_apart(params: dict[str, Any]) -> dict[str, Any]:
     def apart(x: jax.Array) -> PerLayer:
         return PerLayer(tuple(p[0] for p in jax.lax.split(x, (1,) * x.shape[0])))
 
-    return params | {name: jax.tree.map(apart, params[name]) for name in ("layers",) if name in params}
+    if "layers" not in params:
+        return params
+    return params | {"layers": jax.tree.map(apart, params["layers"])}
 
 
 def unstack(stacked: Any) -> Any:

@@ -211,18 +211,10 @@ class LanguageModelConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         choice("task", self.task, ("lm",))
-        choice("model.head", self.model.head, ("lm",))
         choice("document", self.document, ("line", "blank", "file"))
         choice("eval_split", self.eval_split, ("random", "tail"))
         choice("tokenizer_kind", self.tokenizer_kind, ("unigram", "bpe", "char"))
-        require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "in (0, 1)")
-        require(self.loss_chunk >= 0, "loss_chunk", self.loss_chunk, "0 or more")
-        require(
-            1 < self.row_tokens <= self.model.max_positions,
-            "row_tokens",
-            self.row_tokens,
-            f"2 to model.max_positions={self.model.max_positions}",
-        )
+        _language_model(self)
         require(
             self.distill is None or not self.tokenizer,
             "tokenizer",
@@ -406,16 +398,18 @@ class TranslationConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         choice("task", self.task, ("translation",))
-        choice("model.head", self.model.head, ("lm",))
         require(self.model.causal, "model.causal", False, "True: a translator continues its source")
-        require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "in (0, 1)")
-        require(self.loss_chunk >= 0, "loss_chunk", self.loss_chunk, "0 or more")
-        require(
-            1 < self.row_tokens <= self.model.max_positions,
-            "row_tokens",
-            self.row_tokens,
-            f"2 to model.max_positions={self.model.max_positions}",
-        )
+        _language_model(self)
+
+
+def _language_model(config: LanguageModelConfig | TranslationConfig) -> None:
+    """What a model that predicts the next token is trained with."""
+    choice("model.head", config.model.head, ("lm",))
+    require(0 < config.eval_fraction < 1, "eval_fraction", config.eval_fraction, "in (0, 1)")
+    require(config.loss_chunk >= 0, "loss_chunk", config.loss_chunk, "0 or more")
+    expected = f"2 to model.max_positions={config.model.max_positions}"
+    valid = 1 < config.row_tokens <= config.model.max_positions
+    require(valid, "row_tokens", config.row_tokens, expected)
 
 
 def _fits(field: str, tokens: int, model: ModelConfig) -> None:

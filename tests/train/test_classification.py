@@ -176,6 +176,29 @@ def test_a_run_with_finer_labels_serves_the_labels(tmp_path):
     assert all(sum(a.probs.values()) == pytest.approx(1.0, abs=1e-5) for a in answers)
 
 
+def test_rows_without_weight_teach_nothing(tmp_path):
+    """Two thirds of the rows have the wrong label, and the weight 0."""
+    words, other = {"good": "laugh", "bad": "shout"}, {"good": "bad", "bad": "good"}
+    rows = [(("good", "bad")[i % 2], i % 3 == 0) for i in range(120)]
+    lines = [
+        f"{k if sure else other[k]}\t{float(sure)}\t{words[k]} {i}" for i, (k, sure) in enumerate(rows)
+    ]
+    (tmp_path / "train.tsv").write_text("\n".join(["label\tsure\ttext", *lines]) + "\n")
+    clean = [f"{k}\t1\t{words[k]} {i}" for i, (k, _) in enumerate(rows[:20])]
+    (tmp_path / "dev.tsv").write_text("\n".join(["label\tsure\ttext", *clean]) + "\n")
+    config = ClassificationConfig(
+        data=str(tmp_path),
+        weight_field="sure",
+        max_tokens=32,
+        model=MODEL,
+        optim=OptimConfig(2e-2),
+        batch_size=16,
+        steps=40,
+    )
+    result = classification.run(config, tmp_path / "run", make_mesh("data:1"))
+    assert np.mean(result.predicted == result.gold) == 1.0
+
+
 @pytest.mark.parametrize("parts", [(1, 2), (1, 0, 2)])
 def test_parts_that_fit_no_class_are_refused(parts):
     with pytest.raises(ValueError, match="class_parts="):

@@ -268,6 +268,33 @@ def test_bad_settings_name_the_field(change, message):
         from_dict(ClassificationConfig, good | change)
 
 
+def test_pretraining_has_a_dropout_of_its_own(tmp_path):
+    data = tmp_path / "data.tsv"
+    write_reviews(data, 40, 0)
+
+    def first_loss(of_model, of_stage):
+        model = dataclasses.replace(
+            MODEL, head="classifier", causal=False, pooling="mean", num_classes=9
+        )
+        stage = PretrainConfig(optim=OPTIM, batch_size=8, steps=1, log_every=1, dropout=of_stage)
+        config = ClassificationConfig(
+            data=str(data),
+            max_tokens=32,
+            model=dataclasses.replace(model, dropout=of_model),
+            optim=OPTIM,
+            batch_size=8,
+            steps=1,
+            pretrain=stage,
+        )
+        workdir = tmp_path / f"{of_model} {of_stage}"
+        classification.run(config, workdir, make_mesh("data:1"))
+        return read_metrics(workdir / "pretrain" / "metrics.jsonl")[0]["train/loss"]
+
+    without = first_loss(0.0, None)
+    assert first_loss(0.5, 0.0) == without
+    assert first_loss(0.5, None) == first_loss(0.0, 0.5) != without
+
+
 def test_a_classifier_starts_from_the_encoder_that_was_pretrained(tmp_path):
     data, workdir, mesh = tmp_path / "data.tsv", tmp_path / "run", make_mesh("data:1")
     write_reviews(data, 60, 0)
@@ -283,8 +310,7 @@ def test_a_classifier_starts_from_the_encoder_that_was_pretrained(tmp_path):
     )
     classification.run(config, workdir, mesh)
     model = load_trained(workdir, mesh).model
-    encoder = masked_lm_model(model.config, dropout=0.5)
-    assert (encoder.config.dropout, model.config.dropout) == (0.5, MODEL.dropout)
+    encoder = masked_lm_model(model.config)
     pretrained = restore_params(workdir / "pretrain" / "checkpoints" / "30", encoder, mesh, item="ema")
     classifier = load_trained(workdir, mesh).params
     for name in ("embed", "layers"):
