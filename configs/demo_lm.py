@@ -7,7 +7,10 @@
 line (field ""), or a column of a TSV, CSV or JSONL; the weight says how often a text comes in one epoch;
 2 to `join` related texts make one document, where without it each text is one. Only the texts under
 configs/data are part of this repository: set LLM_JAX_SHARED to the folder that holds data/ of the
-other corpora, or name your own: --config.data=mine.txt, or a token store (docs/data.md).
+other corpora, or name your own: --config.data=mine.txt. The same model on a token store (docs/data.md),
+which was split and cut when it was made:
+
+    python scripts/train.py --config=configs/demo_lm.py:store --config.data=stores/web --workdir=runs/web
 """
 
 import os
@@ -17,6 +20,7 @@ from llm_jax.config import (
     LanguageModelConfig,
     ModelConfig,
     OptimConfig,
+    nearest,
     to_config_dict,
 )
 
@@ -24,21 +28,30 @@ OWN = Path(__file__).resolve().parent / "data"
 SHARED = Path(os.environ.get("LLM_JAX_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
 TATOEBA = str(SHARED / "parallel_zh_en_tatoeba" / "train.tsv")
 
+DATA = {  # name: what is learned from, and how it is split and cut
+    "texts": {
+        "data": (
+            (str(OWN / "demo_lm" / "own_zh.txt"), "", 8.0),
+            (str(OWN / "demo_lm" / "own_en.txt"), "", 8.0),
+            (str(OWN / "sentiment_zh" / "train.tsv"), "text", 1.0, 2),
+            (TATOEBA, "zh", 1.0, 3),
+            (TATOEBA, "en", 1.0, 3),
+        ),
+        "eval_fraction": 0.02,
+        "tokenizer_kind": "unigram",
+        "character_coverage": 0.999,
+    },
+    "store": {"data": ("stores/web",)},
+}
 
-def get_config():
+
+def get_config(name="texts"):
     """The settings; the true vocabulary size comes from the tokenizer."""
+    if name not in DATA:
+        raise ValueError(f"demo_lm.py:{name}: expected one of {tuple(DATA)}{nearest(name, DATA)}")
     return to_config_dict(
         LanguageModelConfig(
-            data=(
-                (str(OWN / "demo_lm" / "own_zh.txt"), "", 8.0),
-                (str(OWN / "demo_lm" / "own_en.txt"), "", 8.0),
-                (str(OWN / "sentiment_zh" / "train.tsv"), "text", 1.0, 2),
-                (TATOEBA, "zh", 1.0, 3),
-                (TATOEBA, "en", 1.0, 3),
-            ),
-            eval_fraction=0.02,
-            tokenizer_kind="unigram",
-            character_coverage=0.999,
+            **DATA[name],
             row_tokens=128,
             model=ModelConfig(
                 family="llama",

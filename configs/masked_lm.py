@@ -83,7 +83,6 @@ SETTINGS = {
     "scratch": {
         "model": encoder(),
         "row_tokens": 128,
-        "eval_fraction": 0.05,
         "optim": adamw(5e-4),
         "batch_size": 32,
         "epochs": 20.0,
@@ -92,7 +91,6 @@ SETTINGS = {
     "adapt": {
         "init_from": "bert-base-chinese",
         "row_tokens": 256,
-        "eval_fraction": 0.05,
         "optim": adamw(5e-5),
         "batch_size": 32,
         "epochs": 3.0,

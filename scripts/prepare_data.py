@@ -2,7 +2,7 @@
 
     python scripts/prepare_data.py --input=corpus.jsonl.gz --tokenizer=DIR --output=store \
         --clean=nfc,control,spaces,min_characters=20 --dedup=near --eval_fraction=0.01 --workers=8
-    python scripts/train.py --config=configs/demo_lm.py --config.data=store --workdir=runs/lm
+    python scripts/train.py --config=configs/demo_lm.py:store --config.data=store --workdir=runs/lm
 
 Inputs are files, folders, patterns or URLs of .txt, .jsonl, .tsv, .csv or .parquet, also compressed.
 docs/data.md describes the steps of cleaning and the store. With --json, standard output holds the report

@@ -10,6 +10,7 @@ training   what every training run has
 tasks      what each task adds to it
 """
 
+from llm_jax.config.checks import unread as unread
 from llm_jax.config.model import ModelConfig as ModelConfig
 from llm_jax.config.model import RopeScaling as RopeScaling
 from llm_jax.config.reading import from_dict as from_dict

@@ -23,8 +23,14 @@ def one_beginning(config: Any) -> None:
         require(config.init_from == "", "init_from", config.init_from, "'' with model, or model=None")
 
 
-def unread(config: Any, name: str, by: str, where: str = "") -> None:
-    """Refuse a setting that was changed although nothing reads it."""
-    default, value = type(config).__dataclass_fields__[name].default, getattr(config, name)
-    expected = f"its default {default!r}: {by} does not read it"
-    require(value == default, f"{where}{name}", value, expected)
+def unread(config: Any, names: str | tuple[str, ...], by: str, where: str = "") -> None:
+    """Refuse settings that were changed although nothing reads them: ValueError that has them all."""
+    fields = type(config).__dataclass_fields__
+    names = (names,) if isinstance(names, str) else names
+    changed = [name for name in names if getattr(config, name) != fields[name].default]
+    found = ", ".join(f"{where}{name}={getattr(config, name)!r}" for name in changed)
+    defaults = ", ".join(repr(fields[name].default) for name in changed)
+    if len(changed) == 1:
+        raise ValueError(f"{found}: expected its default {defaults}: {by} does not read it")
+    if changed:
+        raise ValueError(f"{found}: expected the defaults {defaults}: {by} does not read them")

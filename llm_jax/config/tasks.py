@@ -93,14 +93,12 @@ class ClassificationConfig(TrainConfig):
         if self.model is None:
             choice("pooling", self.pooling, ("", "cls", "mean", "max", "last"))
             require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
-            for name in ("tokenizer", *trained, "pretrain"):
-                unread(self, name, "init_from (its own tokenizer and weights are taken)")
+            other = ("tokenizer", *trained, "pretrain")
+            unread(self, other, "init_from (its own tokenizer and weights are taken)")
             return
         if self.tokenizer:
-            for name in trained:
-                unread(self, name, "tokenizer (which is taken as it is)")
-        for name in ("pooling", "dropout", "lora"):
-            unread(self, name, "model (whose own settings say it)")
+            unread(self, trained, "tokenizer (which is taken as it is)")
+        unread(self, ("pooling", "dropout", "lora"), "model (whose own settings say it)")
         choice("model.head", self.model.head, ("classifier",))
         _fits("max_tokens", self.max_tokens, self.model)
         if self.model.causal:
@@ -118,14 +116,15 @@ class MaskedLanguageModelConfig(PretrainConfig):
     """
 
     # Texts: FILE or FILE#COLUMN, several of them separated by commas; or one token store, which brings
-    # its tokenizer and its held-out part.
+    # its tokenizer and its held-out part, so that settings which say how texts are read, held out and
+    # cut (`masked_lm.OF_TEXTS`) must keep their defaults.
     data: str
     task: str = "masked_lm"
     model: ModelConfig | None = None
     init_from: str = ""  # a Hugging Face directory or hub id, or a workdir, of an encoder
     text_field: str = "text"  # column of a table without #COLUMN
-    eval_data: str = ""  # as `data`; "" = `eval_fraction` of the texts, held out
-    eval_fraction: float = 0.02
+    eval_data: str = ""  # texts, as `data`; "" = `eval_fraction` of the texts, held out
+    eval_fraction: float = 0.05
     tokenizer: str = ""  # a tokenizer for `model`; "" = train one on the training text
     character_coverage: float = 0.9995  # of the training text by tokens of its own; the rest is bytes
     row_tokens: int = 128  # texts are packed into rows of this many tokens
@@ -137,8 +136,8 @@ class MaskedLanguageModelConfig(PretrainConfig):
         require(self.row_tokens > 1, "row_tokens", self.row_tokens, "2 or more")
         one_beginning(self)
         if self.model is None:
-            for name in ("tokenizer", "character_coverage"):
-                unread(self, name, "init_from (its own tokenizer is taken)")
+            other = ("tokenizer", "character_coverage")
+            unread(self, other, "init_from (its own tokenizer is taken)")
             return
         unread(self, "dropout", "model (whose own dropout says it)")
         choice("model.head", self.model.head, ("masked_lm",))
@@ -190,7 +189,8 @@ class LanguageModelConfig(TrainConfig):
     """One run that trains a causal language model from scratch on texts or token stores (task "lm").
 
     `model.vocab_size` is the size of the tokenizer to train at most. Stores bring their tokenizer and
-    their held-out part, so with them `eval_fraction` and what describes a tokenizer are not needed.
+    their held-out part: with them, settings that say how texts are read, held out and cut
+    (`corpus.OF_TEXTS`) must keep their defaults, or the run is refused when it opens the stores.
     """
 
     # Each a path alone, or the fields of a `DataSource`: ("corpus.jsonl", "text", 1.0).

@@ -44,9 +44,10 @@ class OptimConfig:
         for name in ("weight_decay", "clip_norm"):
             require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "0 or more")
         require(self.eps > 0, "optim.eps", self.eps, "positive")
-        for name in ("momentum", "b1", "b2", "eps"):
-            if name not in OPTIMIZERS[self.optimizer]:
-                unread(self, name, f"optimizer={self.optimizer!r}", "optim.")
+        other = tuple(
+            name for name in ("momentum", "b1", "b2", "eps") if name not in OPTIMIZERS[self.optimizer]
+        )
+        unread(self, other, f"optimizer={self.optimizer!r}", "optim.")
         if self.schedule != "wsd":
             unread(self, "decay_fraction", f"schedule={self.schedule!r}", "optim.")
         if self.schedule == "constant":

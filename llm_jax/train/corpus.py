@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from llm_jax.config import DataSource, LanguageModelConfig
+from llm_jax.config import DataSource, LanguageModelConfig, unread
 from llm_jax.data.joining import join_related
 from llm_jax.data.loader import PackedLoader
 from llm_jax.data.packing import NO_TARGET, Batch, pack, row_batches
@@ -21,6 +21,9 @@ from llm_jax.data.tasks import documents, split, split_tail
 from llm_jax.data.token_store import EVAL, TokenStore, is_store, open_store
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.data.train_tokenizer import train_characters, train_sentencepiece
+
+# How texts are read, split and cut: settings that a store was made with, and that no run on it reads
+OF_TEXTS = ("document", "eval_fraction", "eval_split", "tokenizer_kind", "character_coverage")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,8 @@ class _Source:
 def read_corpus(config: LanguageModelConfig, directory: Path) -> Corpus:
     """What `config.data` names, with the tokenizer in `directory`, which is put there when new.
 
-    Raises ValueError for stores beside texts, and stores that cannot be trained on together.
+    Raises ValueError for stores beside texts, stores that cannot be trained on together, and settings
+    of texts beside stores.
     """
     stores = [source.path for source in config.sources if is_store(source.path)]
     others = [source.path for source in config.sources if not is_store(source.path)]
@@ -69,6 +73,7 @@ def read_corpus(config: LanguageModelConfig, directory: Path) -> Corpus:
 
 def _read_stores(config: LanguageModelConfig, directory: Path) -> Corpus:
     stores = [_open(source) for source in config.sources]
+    unread(config, OF_TEXTS, f"a run on the token store {stores[0].directory}")
     given = directory
     if not directory.is_dir():
         given = Path(config.tokenizer or stores[0].directory / "tokenizer")

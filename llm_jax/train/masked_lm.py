@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm_jax.checkpoint.workdir import begin_run, load_start
-from llm_jax.config import MaskedLanguageModelConfig, ModelConfig, PretrainConfig
+from llm_jax.config import MaskedLanguageModelConfig, ModelConfig, PretrainConfig, unread
 from llm_jax.data.loader import ExampleLoader, PackedLoader
 from llm_jax.data.packing import Batch, pack, row_batches
 from llm_jax.data.sources import read_listed
@@ -37,6 +37,8 @@ from llm_jax.train.pretrained import Start, find_start
 from llm_jax.tree import flatten
 
 MASK = "<mask>"  # of a tokenizer that is trained here
+# How texts are read, split and cut: settings that a store was made with, and that no run on it reads
+OF_TEXTS = ("text_field", "eval_data", "eval_fraction", "character_coverage")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,13 +198,17 @@ def _read_texts(config: MaskedLanguageModelConfig, start: Start | None, director
 
 
 def _read_store(config: MaskedLanguageModelConfig, start: Start | None, directory: Path) -> _Corpus:
-    """The token store in `config.data`, with the tokenizer that made it."""
+    """The token store in `config.data`, with the tokenizer that made it.
+
+    Raises ValueError for one without held-out part, and settings of texts beside it.
+    """
     store = open_store(config.data)
-    if EVAL not in store.splits or config.eval_data:
+    if EVAL not in store.splits:
         raise ValueError(
-            f"data={config.data!r} with eval_data={config.eval_data!r}: expected a token store that was "
-            "prepared with --eval_fraction, and eval_data=''"
+            f"data={config.data!r} has no held-out part to judge the model by; prepare it again with "
+            "--eval_fraction=0.01"
         )
+    unread(config, OF_TEXTS, f"a run on the token store {config.data}")
     given = config.tokenizer if start is None else start.tokenizer
     tokenizer = load_tokenizer(given or store.directory / "tokenizer")
     store.check_tokenizer(tokenizer, str(given))

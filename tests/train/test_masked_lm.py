@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -72,6 +73,8 @@ CONFIG = MaskedLanguageModelConfig(
     batch_size=8,
     steps=80,
 )
+
+DEFAULT_EVAL = MaskedLanguageModelConfig.eval_fraction
 
 
 @pytest.fixture
@@ -173,7 +176,7 @@ def test_a_token_store_is_read_with_its_own_tokenizer(tmp_path):
     write_store(tmp_path / "store", *parts)
     mesh, config = (
         make_mesh("data:1"),
-        dataclasses.replace(CONFIG, data=str(tmp_path / "store"), steps=2),
+        dataclasses.replace(CONFIG, data=str(tmp_path / "store"), eval_fraction=DEFAULT_EVAL, steps=2),
     )
     corpus = masked_lm._read_store(config, None, tmp_path / "none")
     rows = [batch["tokens"][batch["segment_ids"] > 0] for batch in corpus.batches]
@@ -187,8 +190,38 @@ def test_a_token_store_is_read_with_its_own_tokenizer(tmp_path):
     other = dataclasses.replace(config, model=None, init_from=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="was made by another tokenizer"):
         masked_lm.run(other, tmp_path / "other_run", mesh)
-    with pytest.raises(ValueError, match="eval_data='x': expected a token store"):
-        masked_lm.run(dataclasses.replace(config, eval_data="x"), tmp_path / "other_run", mesh)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_field": "body"}, "text_field='body': expected its default 'text'"),
+        ({"eval_data": "x"}, "eval_data='x': expected its default ''"),
+        ({"eval_fraction": 0.2}, f"eval_fraction=0.2: expected its default {DEFAULT_EVAL}"),
+        ({"character_coverage": 1.0}, "character_coverage=1.0: expected its default 0.9995"),
+        (
+            {"text_field": "body", "eval_fraction": 0.2},
+            f"text_field='body', eval_fraction=0.2: expected the defaults 'text', {DEFAULT_EVAL}",
+        ),
+    ],
+)
+def test_what_describes_texts_is_refused_beside_a_token_store(changes, message, tmp_path):
+    ids = [ByteTokenizer().encode(text) for text in ("some text", "some more", "and more")]
+    store = tmp_path / "store"
+    write_store(store, ids[:2], ids[2:])
+    changes = {"data": str(store), "eval_fraction": DEFAULT_EVAL} | changes
+    config = dataclasses.replace(CONFIG, **changes)
+    whole = re.escape(f"{message}: a run on the token store {store} does not read ")
+    with pytest.raises(ValueError, match=whole):
+        masked_lm.run(config, tmp_path / "run", make_mesh("data:1"))
+    assert not (tmp_path / "run").exists()  # nothing stands in the way of the mended command
+
+
+def test_a_token_store_without_held_out_part_is_refused(tmp_path):
+    write_store(tmp_path / "store", [ByteTokenizer().encode("some text")])
+    config = dataclasses.replace(CONFIG, data=str(tmp_path / "store"), eval_fraction=DEFAULT_EVAL)
+    with pytest.raises(ValueError, match="store' has no held-out part .* --eval_fraction=0.01"):
+        masked_lm.run(config, tmp_path / "run", make_mesh("data:1"))
 
 
 def other_tokenizer(tmp_path):
@@ -269,3 +302,6 @@ def test_the_configs_are_whole(name):
     get_config = runpy.run_path(str(CONFIGS / "masked_lm.py"))["get_config"]
     config = from_dict(MaskedLanguageModelConfig, get_config(name).to_dict())
     assert (config.model is None) == (name == "adapt") and Path(config.data).is_file()
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    for setting in masked_lm.OF_TEXTS:  # so that `data` may be a token store
+        assert getattr(config, setting) == defaults[setting]

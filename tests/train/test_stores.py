@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import os
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +143,45 @@ def test_what_cannot_be_trained_on_together_is_refused(stores, tmp_path):
     refused(f"other was made by another tokenizer than {sheep}/tokenizer", sheep, other)
     pieces = str(tmp_path / "pieces")
     refused(f"sheep was made by another tokenizer than {pieces}", sheep, tokenizer=pieces)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"document": "blank"}, "document='blank': expected its default 'line'"),
+        ({"eval_fraction": 0.02}, "eval_fraction=0.02: expected its default 0.01"),
+        ({"eval_split": "tail"}, "eval_split='tail': expected its default 'random'"),
+        ({"tokenizer_kind": "bpe"}, "tokenizer_kind='bpe': expected its default 'unigram'"),
+        ({"character_coverage": 1.0}, "character_coverage=1.0: expected its default 0.9995"),
+        (
+            {"eval_split": "tail", "document": "file"},
+            "document='file', eval_split='tail': expected the defaults 'line', 'random'",
+        ),
+    ],
+)
+def test_what_describes_texts_is_refused_beside_a_store(changes, message, stores, tmp_path):
+    sheep = str(stores / "sheep")
+    whole = re.escape(f"{message}: a run on the token store {sheep} does not read ")
+    with pytest.raises(ValueError, match=whole):
+        language_model.run(config(sheep, **changes), tmp_path / "run", make_mesh("data:1"))
+    assert not (tmp_path / "run").exists()  # nothing stands in the way of the mended command
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n\n".join(TEXTS))
+    read = corpus.read_corpus(config(str(texts), **changes), tmp_path / "tokenizer")
+    assert [part.targets > 0 for part in read.held_out.values()] == [True]  # texts take them
+
+
+def test_the_demo_config_for_stores_opens_one(stores, tmp_path):
+    get_config = runpy.run_path(str(ROOT / "configs" / "demo_lm.py"))["get_config"]
+    values = get_config("store").to_dict() | {"data": (str(stores / "sheep"),)}
+    settings = from_dict(LanguageModelConfig, values)
+    rows = corpus.read_corpus(settings, tmp_path / "tokenizer").loader(0)["tokens"]
+    assert rows.shape == (settings.batch_size, settings.row_tokens)
+    with pytest.raises(ValueError, match="eval_fraction=0.02, character_coverage=0.999: expected the"):
+        values = get_config().to_dict() | {"data": (str(stores / "sheep"),)}
+        corpus.read_corpus(from_dict(LanguageModelConfig, values), tmp_path / "other")
+    with pytest.raises(ValueError, match="demo_lm.py:stores: expected one of .* did you mean store?"):
+        get_config("stores")
 
 
 def test_a_teacher_must_have_the_tokenizer_of_the_store(stores, trained, tmp_path):
