@@ -18,6 +18,7 @@ from pathlib import Path
 from llm_jax.config import (
     ModelConfig,
     OptimConfig,
+    PretrainConfig,
     QuestionAnsweringConfig,
     nearest,
     to_config_dict,
@@ -88,6 +89,8 @@ SETTINGS = {
         "overlap": 96,
         "answer_tokens": 128,
         "mark_matches": True,
+        # Masked-LM training on the texts first, which --config.pretrain.epochs=N turns on
+        "pretrain": PretrainConfig(optim=adamw(1e-3), batch_size=16, epochs=0.0, log_every=50),
         "optim": adamw(1e-3, ema_decay=0.99),
         "batch_size": 16,
         "epochs": 3.0,

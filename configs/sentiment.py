@@ -44,7 +44,9 @@ def get_config(name="bundled"):
     folder, settings = SETTINGS[name]
     return to_config_dict(
         ClassificationConfig(
-            **{"data": str(folder), "label_smoothing": 0.1, "subword_alpha": 0.2} | settings
+            **{"data": str(folder), "label_smoothing": 0.1, "subword_alpha": 0.2}
+            | {"pretrain": pretraining(epochs=0.0)}
+            | settings
         )
     )
 
@@ -94,7 +96,7 @@ def adamw(learning_rate, ema_decay, weight_decay=0.05):
 
 
 def pretraining(epochs):
-    """Masked-LM training on the same texts first, in rows of 128 tokens."""
+    """Masked-LM training on the same texts first, in rows of `max_tokens`; 0 epochs = none."""
     return PretrainConfig(
         dropout=0.1,
         optim=adamw(learning_rate=1e-3, ema_decay=0.998, weight_decay=0.01),

@@ -44,7 +44,11 @@ def _advising(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's flag parsing; ValueError naming the nearest setting for an unknown `--config.a.b=v`."""
+    """absl's flag parsing; ValueError that says what to do about a `--config.a.b=v` that cannot be."""
+    if any(word.split("=")[-1] == "None" for word in argv):
+        problem = unknown_override(argv)  # absl would end the program with what ml_collections says
+        if problem is not None:
+            raise ValueError(problem)
     try:
         rest = app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:  # as ml_collections tells of an unknown setting

@@ -74,15 +74,18 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 
 def unknown_override(argv: typing.Iterable[str]) -> str | None:
-    """What is wrong with the first `--config.a.b` in argv that the `--config` file does not have."""
-    argv = list(argv)
+    """What is wrong with the first `--config.a.b` in argv that the `--config` file cannot take.
+
+    It has no such setting; or it has a group of settings there and the value is None, which
+    ml_collections does not put in the place of a group.
+    """
     text = " ".join(argv)
     path = re.search(r"(?:^|\s)--?config[= ](\S+)", text)
     if path is None:
         return None
     file, _, argument = path[1].partition(":")  # --config=FILE:ARGUMENT calls get_config(ARGUMENT)
     config = runpy.run_path(file)["get_config"](*([argument] if argument else []))
-    for name in re.findall(r"(?:^|\s)--?(?:no)?config\.([\w.]+)", text):
+    for name, value in re.findall(r"(?:^|\s)--?(?:no)?config\.([\w.]+)(?:(?:=| (?!-))(\S+))?", text):
         node = config
         for key in name.split("."):
             if not isinstance(node, ml_collections.ConfigDict):
@@ -90,6 +93,11 @@ def unknown_override(argv: typing.Iterable[str]) -> str | None:
             if key not in node:
                 return f"--config.{name}: {path[1]} has no setting {key!r}{nearest(key, node.keys())}"
             node = node[key]
+        if isinstance(node, ml_collections.ConfigDict) and value == "None":
+            remedy = "take a config without it"
+            if "epochs" in node:  # a stage of the training
+                remedy = f"say --config.{name}.epochs=0" + f" --config.{name}.steps=0" * (node.steps > 0)
+            return f"--config.{name}=None: {path[1]} has a group of settings there; {remedy}"
     return None
 
 

@@ -1,7 +1,7 @@
 """The settings of each task, on top of those of every run."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from llm_jax.config.checks import choice, one_beginning, require, unread
 from llm_jax.config.model import ModelConfig
@@ -28,8 +28,14 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainConfig):
-    """Masked-LM training of an encoder on texts, such as a classifier's before it sees labels."""
+    """Masked-LM training of an encoder on texts, such as a classifier's before it sees labels.
 
+    As a stage before another training it may have no length, `steps` and `epochs` of 0: then there is
+    none, and the rest of it is not read. So --config.pretrain.epochs=0 takes it away, and a config file
+    may offer it by `epochs` of 0.
+    """
+
+    optional: ClassVar[bool] = True
     mask_rate: float = 0.15  # share of a text's tokens to guess (Devlin et al. 2019)
     dropout: float | None = None  # of this training; None = the model's own
 
@@ -77,7 +83,13 @@ class ClassificationConfig(TrainConfig):
     r_drop: float = 0.0  # weight of the disagreement of two dropout passes (Liang et al. 2021); 0 = one
     subword_alpha: float = 0.0  # sampled segmentations while training (Kudo 2018); 0 = none
     token_dropout: float = 0.0  # share of a text's tokens left out while training (Iyyer et al. 2015)
-    pretrain: PretrainConfig | None = None  # None = the classifier starts from random parameters
+    # None, or one without steps and epochs = the classifier starts from random parameters
+    pretrain: PretrainConfig | None = None
+
+    @property
+    def pretraining(self) -> PretrainConfig | None:
+        """The masked-LM training to do first; None = none."""
+        return _with_length(self.pretrain)
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,8 +105,8 @@ class ClassificationConfig(TrainConfig):
         if self.model is None:
             choice("pooling", self.pooling, ("", "cls", "mean", "max", "last"))
             require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
-            other = ("tokenizer", *trained, "pretrain")
-            unread(self, other, "init_from (its own tokenizer and weights are taken)")
+            unread(self, ("tokenizer", *trained), "init_from (its own tokenizer is taken)")
+            _no_pretraining(self.pretraining, "with init_from, whose weights are taken")
             return
         if self.tokenizer:
             unread(self, trained, "tokenizer (which is taken as it is)")
@@ -104,7 +116,7 @@ class ClassificationConfig(TrainConfig):
         if self.model.causal:
             why = "with model.causal=True: a token sees only what stands before it"
             require(self.model.pooling != "cls", "model.pooling", "cls", f"another one {why}")
-            require(self.pretrain is None, "pretrain", self.pretrain, f"None {why}")
+            _no_pretraining(self.pretraining, why)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +127,7 @@ class MaskedLanguageModelConfig(PretrainConfig):
     `model.vocab_size` is then the size of the tokenizer to train at most.
     """
 
+    optional: ClassVar[bool] = False
     # Texts: FILE or FILE#COLUMN, several of them separated by commas; or one token store, which brings
     # its tokenizer and its held-out part, so that settings which say how texts are read, held out and
     # cut (`masked_lm.OF_TEXTS`) must keep their defaults.
@@ -339,8 +352,14 @@ class QuestionAnsweringConfig(TrainConfig):
     overlap: int = 128  # of two neighbouring windows
     answer_tokens: int = 128  # longest answer
     mark_matches: bool = False  # token types 2 and 3 say what of the text the question has too
-    pretrain: PretrainConfig | None = None  # masked-LM training of `model` before it sees questions
+    # Masked-LM training of `model` before it sees questions; None, or without steps and epochs = none
+    pretrain: PretrainConfig | None = None
     pretrain_data: str = ""  # further texts for it: FILE or FILE#COLUMN, separated by commas
+
+    @property
+    def pretraining(self) -> PretrainConfig | None:
+        """The masked-LM training to do first; None = none."""
+        return _with_length(self.pretrain)
 
     def __post_init__(self):
         super().__post_init__()
@@ -351,12 +370,13 @@ class QuestionAnsweringConfig(TrainConfig):
         room = self.max_tokens - self.question_tokens - 4
         window = f"0 to {room - 1}, less than what max_tokens leaves beside a question"
         require(0 <= self.overlap < room, "overlap", self.overlap, window)
+        if self.pretraining is None:
+            unread(self, "pretrain_data", "a run without masked-LM training (`pretrain`)")
         if self.model is None:
             require(
                 self.init_from != "", "init_from", "", "an encoder, or a model to train from scratch"
             )
-            scratch = "None with init_from, which starts from a trained encoder"
-            require(self.pretrain is None, "pretrain", self.pretrain, scratch)
+            _no_pretraining(self.pretraining, "with init_from, whose weights are taken")
             require(not self.mark_matches, "mark_matches", True, "False with init_from")
             return
         require(self.init_from == "", "init_from", self.init_from, "'' with model, or model=None")
@@ -410,6 +430,17 @@ def _language_model(config: LanguageModelConfig | TranslationConfig) -> None:
     expected = f"2 to model.max_positions={config.model.max_positions}"
     valid = 1 < config.row_tokens <= config.model.max_positions
     require(valid, "row_tokens", config.row_tokens, expected)
+
+
+def _with_length(stage: PretrainConfig | None) -> PretrainConfig | None:
+    """The stage, or None where it has neither steps nor epochs."""
+    return stage if stage is not None and (stage.steps or stage.epochs) else None
+
+
+def _no_pretraining(stage: PretrainConfig | None, why: str) -> None:
+    if stage is not None:
+        length = f"pretrain.steps={stage.steps}, pretrain.epochs={stage.epochs}"
+        raise ValueError(f"{length}: expected 0 and 0, or no pretrain, {why}")
 
 
 def _fits(field: str, tokens: int, model: ModelConfig) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import ClassVar
 
 from llm_jax.config.checks import choice, require, unread
 
@@ -81,6 +82,7 @@ MAY_CHANGE = (
 class TrainConfig:
     """What every training run has: how to optimize, how long, how often to log, evaluate and save."""
 
+    optional: ClassVar[bool] = False  # whether `steps` and `epochs` may both be 0: no training
     optim: OptimConfig
     batch_size: int  # rows per optimizer step, over all devices
     steps: int = 0  # optimizer steps; 0 = as many as `epochs` makes
@@ -122,7 +124,7 @@ class TrainConfig:
             'a name of the evaluation, such as "eval/loss" or "eval/accuracy"',
         )
         require(
-            self.steps > 0 or self.epochs > 0,
+            self.optional or self.steps > 0 or self.epochs > 0,
             "steps, epochs",
             (self.steps, self.epochs),
             "one of them positive",

@@ -128,9 +128,9 @@ def run(
     dev_batches = eval_batches(dev, config.batch_size, buckets)
     trained, start, frozen = begin or (model, None, ())
     predict = make_predict(trained, dev_batches, labels, mesh, frozen)
-    if config.pretrain is not None:
+    if config.pretraining is not None:
         texts, row = (rows.texts, held_out.texts), config.max_tokens
-        stage = (config.pretrain, model, tokenizer, tokenizer.encode, *texts, row, mesh, workdir)
+        stage = (config.pretraining, model, tokenizer, tokenizer.encode, *texts, row, mesh, workdir)
         start = functools.partial(pretrain_encoder, *stage)
     task = Task(trained, objective, loader, lambda params: predict(params).metrics(), start, frozen)
     state = fit(task, config, mesh, workdir, steps=steps, echo=echo)

@@ -89,12 +89,12 @@ def run(
     start = None
     if found is not None:
         start = lambda key: load_start(found.path, model, mesh, key)[0]  # noqa: E731
-    elif config.pretrain is not None:
+    elif config.pretraining is not None:
         read, judged = (dict.fromkeys(q.context for q in part) for part in (questions, held_out))
         texts = [*read, *(read_listed(config.pretrain_data) if config.pretrain_data else ())]
         encode = functools.partial(tokenizer.encode, add_special_tokens=False)
         data = (tokenizer, encode, texts, judged, config.max_tokens, mesh, workdir)
-        start = functools.partial(pretrain_encoder, config.pretrain, model, *data)
+        start = functools.partial(pretrain_encoder, config.pretraining, model, *data)
     task = Task(model, span_loss, loader, lambda params: judge(params)[0], start)
     state = fit(task, config, mesh, workdir, steps=steps, echo=echo)
     numbers, answers = judge(state.best_params)

@@ -68,6 +68,29 @@ def test_an_unknown_flag_suggests_the_nearest(script):
     assert "Unknown command line flag 'verbosty'. Did you mean: verbosity ?" in done.stderr
 
 
+def test_a_group_of_settings_is_not_replaced_by_none(tmp_path):
+    """The script says what to do instead; the text "None" is one."""
+    (tmp_path / "config.py").write_text(
+        "import ml_collections\n"
+        "def get_config():\n"
+        "    stage = {'steps': 3, 'epochs': 1.0}\n"
+        "    return ml_collections.ConfigDict({'name': 'x', 'pretrain': stage}, type_safe=False)\n"
+    )
+    (tmp_path / "small.py").write_text(
+        "from ml_collections import config_flags\n"
+        "from llm_jax import cli\n"
+        "CONFIG = config_flags.DEFINE_config_file('config')\n"
+        "cli.run(lambda argv: print(CONFIG.value.name))\n"
+    )
+    command = (tmp_path / "small.py", f"--config={tmp_path}/config.py")
+    for none in (["--config.pretrain=None"], ["--config.pretrain", "None"]):
+        done = python(*command, *none)
+        assert done.returncode == 2 and not done.stdout
+        assert "say --config.pretrain.epochs=0 --config.pretrain.steps=0" in done.stderr
+        assert done.stderr.startswith("small.py: --config.pretrain=None: ")
+    assert python(*command, "--config.name=None").stdout == "None\n"
+
+
 @pytest.mark.parametrize("arguments, shown", [([], "worrying"), (["-v=0"], "calm worrying")])
 def test_warnings_are_logged(script, arguments, shown):
     """And more when asked for."""

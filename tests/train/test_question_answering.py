@@ -239,6 +239,17 @@ def test_fine_tuning_starts_from_a_checkpoint_and_ends_in_one(data, encoder, tmp
         np.testing.assert_allclose([s.score for s in spans], [scores[b] for b in best], atol=1e-5)
 
 
+NO_STAGE = PretrainConfig(optim=OptimConfig(1e-3), batch_size=8)
+
+
+def test_pretraining_of_no_length_is_none(data, tmp_path):
+    config = from_scratch(data, pretrain=NO_STAGE, steps=1)
+    question_answering.run(config, tmp_path / "run", make_mesh("data:1"))
+    assert not (tmp_path / "run" / "pretrain").exists()
+    tuned = dataclasses.replace(config, model=None, init_from="x", mark_matches=False)
+    assert tuned.pretraining is None  # so what a config offers does not stand in the way
+
+
 @pytest.mark.parametrize("name", ["scratch", "finetune"])
 def test_the_configs_are_whole(name):
     get_config = runpy.run_path(str(CONFIGS / "question_answering.py"))["get_config"]
@@ -252,6 +263,12 @@ def test_the_configs_are_whole(name):
         ({"model": None}, "init_from='': expected an encoder"),
         ({"init_from": "bert"}, "init_from='bert': expected '' with model"),
         ({"overlap": 20}, "overlap=20: expected 0 to 19"),
+        ({"pretrain_data": "x"}, "pretrain_data='x': expected its default '': a run without masked-LM"),
+        ({"pretrain_data": "x", "pretrain": NO_STAGE}, "pretrain_data='x': expected its default ''"),
+        (
+            {"model": None, "init_from": "x", "pretrain": dataclasses.replace(NO_STAGE, steps=3)},
+            "pretrain.steps=3, pretrain.epochs=0.0: expected 0 and 0, or no pretrain, with init_from",
+        ),
         ({"max_tokens": 64}, "max_tokens=64: expected at most model.max_positions=48"),
         ({"model": dataclasses.replace(MODEL, token_types=2)}, "model.token_types=2"),
         ({"model": dataclasses.replace(MODEL, head="lm")}, "model.head='lm'"),

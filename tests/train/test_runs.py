@@ -15,6 +15,7 @@ from llm_jax.checkpoint.workdir import load_trained
 from llm_jax.config import (
     ClassificationConfig,
     LanguageModelConfig,
+    MaskedLanguageModelConfig,
     ModelConfig,
     OptimConfig,
     PretrainConfig,
@@ -241,12 +242,67 @@ def test_an_unknown_data_set_is_told_the_nearest_name():
         ("--config.optm.learning_rate=1", "'optm'; did you mean optim?"),
         ("--noconfig.balance_clases", "'balance_clases'; did you mean balance_classes?"),
         ("--config.data.path=x", "a value there, not a group"),
+        ("--noconfig.balance_classes --config.optm.b1=0.5", "'optm'; did you mean optim?"),
+        ("--config.pretrain=None", "a group of settings there; say --config.pretrain.epochs=0"),
+        ("--config.pretrain None", "a group of settings there; say --config.pretrain.epochs=0"),
+        ("--config.optim=None", "a group of settings there; take a config without it"),
+        ("--config.lora=None", None),
         ("--config.optim.learning_rate=1", None),
     ],
 )
-def test_an_unknown_override_is_told_the_nearest_name(override, message):
-    found = unknown_override(["train.py", f"--config={CONFIGS / 'sentiment.py'}", override])
-    assert (found is None) if message is None else (message in found)
+def test_an_override_that_cannot_be_says_what_can(override, message):
+    config = f"--config={CONFIGS / 'sentiment.py'}:weibo"
+    found = unknown_override(["train.py", config, *override.split()])
+    assert (found is None) if message is None else (found is not None and message in found)
+
+
+def command_line(*arguments, monkeypatch):
+    """The settings that train.py reads from `arguments`."""
+    flags = FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=flags)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])  # ml_collections reads it
+    flags(sys.argv)
+    return from_dict(ClassificationConfig, flags.config.to_dict())
+
+
+@pytest.mark.parametrize("name", ["bundled", "weibo", "chnsenticorp", "airline", "thucnews"])
+def test_flags_take_pretraining_away_and_add_it(name, monkeypatch):
+    config = f"--config={CONFIGS / 'sentiment.py'}:{name}"
+    without = command_line(config, "--config.pretrain.epochs=0", monkeypatch=monkeypatch)
+    assert without.pretrain is not None and without.pretraining is None
+    with_it = command_line(config, "--config.pretrain.epochs=5", monkeypatch=monkeypatch)
+    assert with_it.pretraining is not None and with_it.pretraining.epochs == 5
+    counted = ("--config.pretrain.epochs=0", "--config.pretrain.steps=7")
+    by_steps = command_line(config, *counted, monkeypatch=monkeypatch)
+    assert by_steps.pretraining is not None and by_steps.pretraining.steps == 7
+
+
+def test_pretraining_of_no_length_is_none(tmp_path):
+    """The same classifier, to the bit, as one without `pretrain`; other runs need a length."""
+    data, mesh = tmp_path / "data.tsv", make_mesh("data:1")
+    write_reviews(data, 60, 0)
+    none = PretrainConfig(optim=OPTIM, batch_size=8, mask_rate=0.5)
+    encoder = dataclasses.replace(MODEL, head="classifier", causal=False, pooling="mean", num_classes=9)
+    plain = dataclasses.replace(classification_config(str(data)), model=encoder, max_tokens=32)
+    found = {}
+    for stage in (none, None):
+        workdir = tmp_path / f"{stage is None}"
+        classification.run(dataclasses.replace(plain, pretrain=stage), workdir, mesh)
+        assert not (workdir / "pretrain").exists()
+        found[stage is None] = flatten(load_trained(workdir, mesh).params)
+    for path, value in found[True].items():
+        np.testing.assert_array_equal(value, found[False][path], err_msg=path)
+
+    assert dataclasses.replace(plain, model=None, init_from="x", pretrain=none).pretraining is None
+    some = dataclasses.replace(none, epochs=2.0)
+    with pytest.raises(ValueError, match=r"pretrain.steps=0, pretrain.epochs=2.0: .* with init_from"):
+        dataclasses.replace(plain, model=None, init_from="x", pretrain=some)
+    causal = dataclasses.replace(encoder, causal=True)
+    assert dataclasses.replace(plain, model=causal, pretrain=none).pretraining is None
+    with pytest.raises(ValueError, match=r"pretrain.epochs=2.0: expected 0 and 0, .*causal=True"):
+        dataclasses.replace(plain, model=causal, pretrain=some)
+    with pytest.raises(ValueError, match=r"steps, epochs=\(0, 0.0\): expected one of them positive"):
+        MaskedLanguageModelConfig(data="x", init_from="x", optim=OPTIM, batch_size=8)
 
 
 @pytest.mark.parametrize(
