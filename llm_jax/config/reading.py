@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
 
 def from_dict(cls: type, values: Mapping[str, Any], where: str = "config") -> Any:
@@ -53,17 +54,23 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
-    """The `ml_collections` form that a file under configs/ returns, so that flags can override it."""
+    """The `ml_collections` form that a file under configs/ returns, so that flags can override it.
 
-    def convert(value):
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            names = [f.name for f in dataclasses.fields(value)]
-            return ml_collections.ConfigDict(
-                {n: convert(getattr(value, n)) for n in names}, type_safe=False
-            )
-        return value
+    A None that may be a number or a text becomes a placeholder, as a flag overrides no plain None.
+    """
+    hints = typing.get_type_hints(type(config))
+    fields = {
+        f.name: _overridable(getattr(config, f.name), hints[f.name]) for f in dataclasses.fields(config)
+    }
+    return ml_collections.ConfigDict(fields, type_safe=False)
 
-    return convert(config)
+
+def _overridable(value: Any, hint: Any) -> Any:
+    """A setting of the type `hint` as `to_config_dict` has it."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_config_dict(value)
+    plain = [kind for kind in (int, float, str) if kind in typing.get_args(hint)]
+    return config_dict.placeholder(plain[0]) if value is None and plain else value
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:

@@ -277,6 +277,18 @@ def test_flags_take_pretraining_away_and_add_it(name, monkeypatch):
     assert by_steps.pretraining is not None and by_steps.pretraining.steps == 7
 
 
+def test_flags_set_a_number_that_is_none(monkeypatch):
+    config = f"--config={CONFIGS / 'sentiment_finetune.py'}"
+    assert command_line(config, monkeypatch=monkeypatch).dropout is None
+    assert command_line(config, "--config.dropout=0.25", monkeypatch=monkeypatch).dropout == 0.25
+    config = f"--config={CONFIGS / 'sentiment.py'}"
+    changed = ("--config.model.attn_softcap=50", "--config.pretrain.dropout=0.5")
+    found = command_line(config, *changed, monkeypatch=monkeypatch)
+    assert found.model is not None and found.pretrain is not None
+    assert (found.model.attn_softcap, found.pretrain.dropout) == (50.0, 0.5)
+    assert found.model.final_softcap is None
+
+
 def test_pretraining_of_no_length_is_none(tmp_path):
     """The same classifier, to the bit, as one without `pretrain`; other runs need a length."""
     data, mesh = tmp_path / "data.tsv", make_mesh("data:1")
