@@ -1,6 +1,6 @@
 """What a TPU kernel costs by the count of its final machine code; no TPU is needed, libtpu is.
 
-    python scripts/kernel_report.py --kernel=llm_jax.tpu.examples:matmul --topology=v6e:1x1
+    python scripts/kernel_report.py --kernel=flash_attention --topology=v6e:1x1 --shape=1x32x8x4096x128
     python scripts/kernel_report.py --kernel=my_kernels.py:my_case --topology=v5e:1x1 --set="block=512"
     python scripts/kernel_report.py --kernel=llm_jax.tpu.examples:matmul --topology=v5e:1x1,v6e:1x1 \
         --set="bm=512,bn=1024" --set="bm=1024,bn=1024" --png=runs/matmul.png
@@ -23,7 +23,8 @@ from llm_jax.tpu.compile import compile_for
 from llm_jax.tpu.plots import plot_reports
 from llm_jax.tpu.profile import BLIND, profile_program
 
-KERNEL = flags.DEFINE_string("kernel", None, "What to compile: module:function or file.py:function.")
+KERNEL = flags.DEFINE_string("kernel", None, "A kernel's name, module:function or file.py:function.")
+SHAPE = flags.DEFINE_string("shape", None, "Passed to the function as shape=, such as 1x32x8x4096x128.")
 TOPOLOGY = flags.DEFINE_list(
     "topology", ["v6e:1x1"], "TPU slices: v4, v5e, v5p, v6e, tpu7x with a shape."
 )
@@ -57,11 +58,14 @@ def main(argv):
     if BLINDNESS.value:
         return print(BLIND)
     if not KERNEL.value:
-        raise ValueError("--kernel=: expected module:function or file.py:function")
+        raise ValueError("--kernel=: expected the name of a kernel, module:function or file.py:function")
+    named = ":" not in KERNEL.value
+    target = f"llm_jax.kernels.{KERNEL.value}.cases:case" if named else KERNEL.value
+    shape = {"shape": SHAPE.value} if SHAPE.value else {}
     reports = []
     for topology, text in itertools.product(TOPOLOGY.value, SET.value):
         program = compile_for(
-            KERNEL.value, topology, options(text), flags=FLAGS.value, timeout_s=TIMEOUT.value
+            target, topology, shape | options(text), flags=FLAGS.value, timeout_s=TIMEOUT.value
         )
         report = profile_program(program)
         reports.append(report)

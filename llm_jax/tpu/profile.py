@@ -23,8 +23,8 @@ BLIND = """What this count cannot see:
 * Interlocks. A bundle is one cycle: waits for results of the matrix, transpose and transcendental
   units, conflicts of VMEM banks and fetches of instructions are left out. The compiler schedules for
   known latencies, so little is hidden in straight code.
-* HBM is one queue at the public bandwidth, and a DMA is complete 500 ns after its last byte (an
-  assumption). Short or strided rows, refresh and other users of the memory cost nothing here.
+* HBM, and the CMEM of v4 with it, is one queue at the public bandwidth; a DMA is complete 500 ns after
+  its last byte (an assumption). Short or strided rows, refresh and other users of it cost nothing here.
 * Clocks are peak operations / width, not read from a chip; that of tpu7x is inferred.
 * A device of v4 and v5p is two cores. A kernel whose grid they share is counted on the first, with half
   of the bandwidth; the DMAs that are listed are the first core's.
@@ -184,7 +184,7 @@ def _report(kernel: Kernel, run: Run, chip: Chip, flops: float, needed: float) -
         return {k: float(n) / issued / c for k, n, c in zip(kinds, total, capacity, strict=True)}
 
     cores = chip.cores if kernel.divided else 1
-    moved = cores * sum(t.bytes for way, t in run.dma.items() if "hbm" in way)
+    moved = cores * sum(t.bytes for way, t in run.dma.items() if "hbm" in way or "cmem" in way)
     microseconds = 1e6 / chip.clock
     compute = (run.issued + run.branch_wait + run.mxu_wait) * microseconds
     estimate, hbm = run.cycles * microseconds, moved / chip.hbm_bandwidth * 1e6

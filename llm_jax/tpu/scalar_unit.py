@@ -28,6 +28,7 @@ LOCAL_BYTES, LOCAL_CYCLES = (
     512,
     50,
 )  # a cycle, and to begin with, between memories of the core: assumptions
+FAR_MEMORIES = ("hbm", "cmem")  # v4 has a second one, which is counted as if it were HBM
 LONGEST_BLOCK = 4000  # bundles without a branch that are translated at once
 # Where integers that steer the kernel lie. HBM and VMEM are addressed by 512 bytes or, for a DMA, by 32.
 FAR, APART = 0x0800_0000, 0x0010_0000
@@ -232,7 +233,7 @@ class ScalarUnit:
         traffic = self.dma[f"{source}->{to}"]
         traffic.count += 1
         traffic.bytes += size
-        remote = (to == "hbm") + (source == "hbm")
+        remote = (to in FAR_MEMORIES) + (source in FAR_MEMORIES)
         if remote:
             per_cycle = (
                 self.chip.hbm_bandwidth
@@ -244,7 +245,7 @@ class ScalarUnit:
         else:
             done = now + size / LOCAL_BYTES + LOCAL_CYCLES
         self._pending[flag].append((done, length))
-        if to == "smem" and source in ("hbm", "vmem"):
+        if to == "smem" and source in ("vmem", *FAR_MEMORIES):
             self._copy_words(at, origin, size // 4)
 
     def tick(self, size: int, busy: int, taken: bool, filled: int) -> None:

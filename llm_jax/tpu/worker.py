@@ -64,7 +64,7 @@ def _compiled(order: dict[str, Any], build: Callable[..., Any], devices: list[An
     if "devices" in inspect.signature(build).parameters:
         options["devices"] = devices
     case = build(**options)
-    if not isinstance(case, Case):
+    if not all(hasattr(case, name) for name in ("function", "args", "flops", "hbm_bytes")):
         raise TypeError(f"returned a {type(case).__name__}; expected a tpu.case.Case")
     start = time.perf_counter()
     lowered = _lower(case, devices)

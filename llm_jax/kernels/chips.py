@@ -1,0 +1,44 @@
+"""What kernels must know of a TPU to choose their blocks by rule; see llm_jax/tpu/chips.py for the
+sources.
+"""
+
+import dataclasses
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class ChipRule:
+    """One generation. sums_by_matrix_units: whether they have more to spare than the vector units."""
+
+    name: str
+    vmem_bytes: int  # of a core
+    sums_by_matrix_units: bool
+
+
+MIB = 1 << 20
+RULES = {  # the device's kind: its rule
+    "TPU v4": ChipRule("v4", 16 * MIB, True),
+    "TPU v5 lite": ChipRule("v5e", 128 * MIB, False),
+    "TPU v5e": ChipRule("v5e", 128 * MIB, False),
+    "TPU v5": ChipRule("v5p", 64 * MIB, False),
+    "TPU v5p": ChipRule("v5p", 64 * MIB, False),
+    "TPU v6 lite": ChipRule("v6e", 128 * MIB, True),
+    "TPU v6e": ChipRule("v6e", 128 * MIB, True),
+    "TPU7x": ChipRule("tpu7x", 64 * MIB, True),
+}
+
+
+def chip_rule(interpret: bool = False) -> ChipRule:
+    """The rule of the device that is there; interpret: the newest, for tests on a CPU.
+
+    Raises ValueError for a TPU that is not known.
+    """
+    if interpret:
+        return RULES["TPU7x"]
+    kind = jax.devices()[0].device_kind
+    if kind not in RULES:
+        raise ValueError(
+            f"device kind {kind!r}: expected one of {tuple(RULES)}; add it to kernels/chips.py"
+        )
+    return RULES[kind]

@@ -1,0 +1,1 @@
+"""Attention over a whole sequence without its scores in memory."""

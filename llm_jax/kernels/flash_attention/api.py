@@ -1,0 +1,226 @@
+"""Attention of a whole sequence to itself, or of its end to all of it, by the fastest means there are.
+
+Letters: B batch, T queries, S keys, N query heads, K key/value heads, H head dim.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.kernels.chips import ChipRule, chip_rule
+from llm_jax.kernels.flash_attention.plan import plan_by_ids, plan_by_index
+from llm_jax.kernels.flash_attention.reference import reference_attention
+from llm_jax.kernels.flash_attention.tpu import Blocks, flash_forward
+
+LANES, SUBLANES = 128, 8
+IMPLEMENTATIONS = ("pallas", "xla")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which implementation runs, and why."""
+
+    implementation: str
+    reason: str
+
+
+def choose(q: jax.Array, k: jax.Array, platform: str | None = None) -> Choice:
+    """What `flash_attention` takes for these arrays (or shapes) on a platform; the default backend's."""
+    platform = jax.default_backend() if platform is None else platform
+    if platform != "tpu":
+        return Choice("xla", f"there is no kernel for {platform}")
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return Choice("xla", f"the kernel computes in bfloat16 and float32, not {q.dtype}")
+    if q.shape[-1] % 16:
+        return Choice("xla", f"head_dim={q.shape[-1]} is no multiple of 16")
+    if q.shape[1] < LANES or k.shape[2] < LANES:
+        return Choice("xla", f"{q.shape[1]} queries and {k.shape[2]} keys; below {LANES} XLA is as fast")
+    return Choice("pallas", "TPU kernel")
+
+
+def flash_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    causal: bool,
+    window: int = 0,
+    softcap: float = 0.0,
+    offset: int = 0,
+    positions: tuple[jax.Array, jax.Array] | None = None,
+    segments: tuple[jax.Array, jax.Array] | None = None,
+    implementation: str | None = None,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """(attention [B, T, N, H] in the dtype of q, log of the sums of exponentials [B, N, T] float32).
+
+    q [B, T, N, H], k and v [B, K, S, H]; query head n reads key head n // (N / K). Query t is at place t
+    + offset of its keys, unless `positions` say otherwise: of queries [B, T] and keys [B, S] int32. A
+    query sees keys of its own segment (`segments`, likewise [B, T] and [B, S] int32), not after it if
+    `causal`, and less than `window` places from it if that is not 0. softcap: c tanh(s / c) of the
+    scores, 0 = none. A query that sees nothing has attention 0 and a very negative logarithm.
+
+    implementation: "pallas" (TPU), "xla", or None for `choose`. blocks: of the TPU kernel; by a rule of
+    the chip's memory if not given. interpret: run the kernel on a CPU, for tests. There is no gradient
+    yet.
+
+    Raises ValueError for arrays that do not fit each other and for an implementation that cannot run.
+    """
+    _check(q, k, v, positions, segments, implementation)
+    if implementation is None:
+        implementation = choose(q, k).implementation
+    if implementation == "xla":
+        mask = _mask(q, k, causal, window, offset, positions, segments)
+        return reference_attention(q, k, v, mask, scale=scale, softcap=softcap)
+    if implementation == "pallas" and not interpret and choose(q, k).implementation != "pallas":
+        raise ValueError(f"implementation='pallas': {choose(q, k).reason}; take 'xla' or None")
+    return _pallas(
+        q, k, v, scale, causal, window, softcap, offset, positions, segments, blocks, interpret
+    )
+
+
+def _pallas(q, k, v, scale, causal, window, softcap, offset, positions, segments, blocks, interpret):
+    (batch, queries, heads, dim), (_, kv_heads, keys, _) = q.shape, k.shape
+    rule = chip_rule(interpret)
+    groups = heads // kv_heads
+    if blocks is None:
+        blocks = block_rule(rule, groups, dim, q.dtype.itemsize)
+    blocks = blocks.fitted(_up(queries, LANES), _up(keys, LANES))
+    # Of one sequence beside itself, everything is known by index; else by positions and segments.
+    aligned = blocks.block_q % blocks.block_k == 0 and offset % blocks.block_k == 0
+    covered = keys == _up(keys, blocks.block_k) or (causal and offset + queries <= keys)
+    by_index = (
+        positions is None and segments is None and not window and covered and (aligned or not causal)
+    )
+    padded_q = _pad(q, 1, blocks.block_q)
+    k, v = _pad(k, 2, blocks.block_k), _pad(v, 2, blocks.block_k)
+    ids: tuple[jax.Array, ...] = ()
+    if by_index:
+        kinds, fetch, used = plan_by_index(padded_q.shape[1], k.shape[2], offset, causal, blocks)
+    else:
+        ids = _ids(batch, queries, keys, offset, positions, segments, blocks)
+        kinds, fetch, used = plan_by_ids(*ids, causal, window, blocks)
+    flat = groups * dim % LANES == 0
+    if flat:
+        given = padded_q.reshape(batch, -1, heads * dim)
+    else:
+        given = padded_q.reshape(batch, -1, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
+    out, log = flash_forward(
+        given,
+        k,
+        v.transpose(0, 1, 3, 2),
+        jnp.asarray(kinds),
+        jnp.asarray(fetch),
+        ids,
+        heads=heads,
+        blocks=blocks,
+        used=used,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        ones=rule.sums_by_matrix_units,
+        vmem_limit=rule.vmem_bytes * 3 // 4,
+        interpret=interpret,
+    )
+    if not flat:
+        out = out.transpose(0, 3, 1, 2, 4)
+    out = out.reshape(batch, -1, heads, dim)
+    return out[:, :queries], log.reshape(batch, heads, -1)[:, :, :queries]
+
+
+def block_rule(rule: ChipRule, groups: int, dim: int, itemsize: int) -> Blocks:
+    """Blocks for a chip's VMEM: 1024 queries and keys in tiles of 512 keys, fewer queries where they are
+    many.
+
+    Wide tiles keep the matrix units busy; what grows with block_q are the query and result blocks, the
+    running sums and the scores of two tiles.
+    """
+    blocks = Blocks(1024, 1024, 512, 512)
+    while blocks.block_q > LANES and _vmem(blocks, groups, dim, itemsize) > rule.vmem_bytes * 5 // 8:
+        half = blocks.block_q // 2
+        blocks = Blocks(half, min(half, blocks.block_k), min(half, 512), min(half, 512))
+    return blocks
+
+
+def _vmem(blocks: Blocks, groups: int, dim: int, itemsize: int) -> int:
+    """Bytes of VMEM that the kernel allocates, spills not counted."""
+    lanes = _up(dim, LANES)
+    q_and_out = 5 * groups * blocks.block_q * lanes * itemsize
+    k_and_v = 2 * blocks.block_k * (lanes + _up(dim, 16) + 16) * itemsize
+    sums = groups * (dim + 16 + 2 * SUBLANES) * blocks.block_q * 4
+    return q_and_out + k_and_v + sums + 2 * blocks.tile_k * blocks.block_q * 4
+
+
+def _mask(q, k, causal, window, offset, positions, segments) -> jax.Array | None:
+    """bool [B or 1, T, S], True = visible; None where every key is."""
+    queries, keys = q.shape[1], k.shape[2]
+    if positions is None:
+        positions = (jnp.arange(queries)[None] + offset, jnp.arange(keys)[None])
+    distance = positions[0][:, :, None] - positions[1][:, None, :]
+    mask = None
+    if causal:
+        mask = distance >= 0
+    if window:
+        near = jnp.abs(distance) < window
+        mask = near if mask is None else mask & near
+    if segments is not None:
+        same = segments[0][:, :, None] == segments[1][:, None, :]
+        mask = same if mask is None else mask & same
+    return mask
+
+
+def _ids(batch, queries, keys, offset, positions, segments, blocks) -> tuple[jax.Array, jax.Array]:
+    """Positions and segments of queries [B, 2, T] and keys [B, S, 2], of padding in segments of their
+    own.
+    """
+    if positions is None:
+        rows = (np.arange(queries) + offset, np.arange(keys))
+        positions = tuple(jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch, len(x))) for x in rows)
+    if segments is None:
+        segments = tuple(jnp.zeros((batch, n), jnp.int32) for n in (queries, keys))
+
+    def padded(position, segment, multiple, fill):
+        wide = ((0, 0), (0, -position.shape[1] % multiple))
+        # The last position again, so that a block's range of positions stays what it is.
+        return [jnp.pad(position, wide, mode="edge"), jnp.pad(segment, wide, constant_values=fill)]
+
+    low = jnp.iinfo(jnp.int32).min
+    of_queries = padded(positions[0], segments[0], blocks.block_q, low)
+    of_keys = padded(positions[1], segments[1], blocks.block_k, low + 1)
+    return jnp.stack(of_queries, axis=1), jnp.stack(of_keys, axis=2)
+
+
+def _check(q, k, v, positions, segments, implementation) -> None:
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation={implementation!r}: expected one of {IMPLEMENTATIONS} or None")
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        shapes = f"{q.shape}, {k.shape} and {v.shape}"
+        raise ValueError(f"q, k, v of {shapes}: expected [B, T, N, H], [B, K, S, H] twice")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[1]:
+        raise ValueError(f"q {q.shape} does not fit k {k.shape}: batch, head_dim, or heads % kv_heads")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v of {q.dtype}, {k.dtype}, {v.dtype}: expected one dtype")
+    for name, pair in {"positions": positions, "segments": segments}.items():
+        if pair is not None:
+            wanted = ((q.shape[0], q.shape[1]), (k.shape[0], k.shape[2]))
+            found = tuple(x.shape for x in pair)
+            if found != wanted:
+                raise ValueError(f"{name} of {found}: expected {wanted}")
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """x with zeros behind this axis up to a multiple."""
+    wide = [(0, 0)] * x.ndim
+    wide[axis] = (0, -x.shape[axis] % multiple)
+    return jnp.pad(x, wide) if wide[axis][1] else x

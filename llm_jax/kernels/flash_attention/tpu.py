@@ -1,0 +1,269 @@
+"""Flash attention for TPUs, forward (Dao et al. 2022, 2023), with keys on sublanes and queries on lanes.
+
+Letters: B batch, K key/value heads, G query heads of each, T queries, S keys, H head dim; blocks of
+`block_q` queries and `block_k` keys; tiles of `tile_k` keys times `tile_q` queries within them.
+
+What makes it fast, by the count of the compiler's code:
+
+* Scores are computed transposed, [keys, queries] = k q^T. The maximum over keys is then taken over
+  whole registers and once over 8 sublanes at the end, and what belongs to a query (maximum, sum,
+  rescaling) is one row that is broadcast over sublanes, which costs nothing. With queries on sublanes
+  each of them needs shuffles across lanes, for every tile.
+* The second product is v^T p, [H, queries]: p is the weight matrix of units of 256 x 256 and fills them,
+  which p v, whose result is H = 128 wide, does to a half.
+* Where the units are 256 wide, rows of ones below v^T make them sum p too: there the vector units have
+  more to do than they, elsewhere less.
+* The scores of the next tile are computed before the softmax of this one, by way of a buffer, so that
+  matrix and vector units work at the same time. Left alone the compiler does one after the other.
+* Blocks that a mask hides are neither fetched nor computed; those that it does not touch are not masked;
+  of a causal diagonal only the tiles that it crosses are.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+HIDDEN = -1e30  # the score of a key that a query does not see
+ONES = 32  # bytes of a column of ones: 16 rows of bfloat16, 8 of float32, a tile of registers each
+LOWEST = -1e29  # where the maximum begins: above HIDDEN, so that a query without any key sums to 0
+SKIP, WHOLE, MASKED, DIAGONAL = range(
+    4
+)  # kinds of blocks; DIAGONAL + n: the n-th block along a diagonal
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Sizes in queries and keys: what is fetched, what is computed at a time, and that of diagonals."""
+
+    block_q: int
+    block_k: int
+    tile_k: int
+    diagonal_tile: int
+
+    def fitted(self, queries: int, keys: int) -> "Blocks":
+        """The same, not larger than the sequences."""
+        block_q, block_k = min(self.block_q, queries), min(self.block_k, keys)
+        tile_k = math.gcd(self.tile_k, block_k)
+        return Blocks(block_q, block_k, tile_k, math.gcd(self.diagonal_tile, math.gcd(block_q, tile_k)))
+
+
+def flash_forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kinds: jax.Array,
+    fetch: jax.Array,
+    ids: tuple[jax.Array, ...] = (),
+    *,
+    heads: int,
+    blocks: Blocks,
+    used: frozenset[int],
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    ones: bool,
+    vmem_limit: int,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """(output in the shape and dtype of q, log of the sums of exponentials [B, K, G, T] float32).
+
+    q [B, T, N H] with N = `heads`, or [B, K, G, T, H] where G H is no multiple of 128; k [B, K, S, H]; v
+    [B, K, H, S]. kinds, fetch [B or 1, T / block_q, S / block_k] int32: what to do with a block, and
+    which one to have fetched by then; used: the kinds that occur. ids, where MASKED is among them:
+    positions and segments of queries [B, 2, T] and of keys [B, S, 2], int32; those of equal segments see
+    each other, as far as causal and window say. ones: whether the matrix units sum the weights.
+    """
+    batch, kv_heads, dim, keys = v.shape
+    groups, flat, queries = heads // kv_heads, q.ndim == 3, q.shape[1 if q.ndim == 3 else 3]
+    bq, bk = blocks.block_q, blocks.block_k
+    many = kinds.shape[0] > 1
+
+    def place(b, i, j, fetch):
+        return fetch[b if many else 0, i, j]
+
+    if flat:
+        of_queries = pl.BlockSpec((1, bq, groups * dim), lambda b, h, i, *_: (b, i, h))
+    else:
+        of_queries = pl.BlockSpec((1, 1, groups, bq, dim), lambda b, h, i, *_: (b, h, 0, i, 0))
+    in_specs = [
+        of_queries,
+        pl.BlockSpec((1, 1, bk, dim), lambda b, h, i, j, _, fetch: (b, h, place(b, i, j, fetch), 0)),
+        pl.BlockSpec((1, 1, dim, bk), lambda b, h, i, j, _, fetch: (b, h, 0, place(b, i, j, fetch))),
+    ]
+    if ids:
+        in_specs += [
+            pl.BlockSpec((1, 2, bq), lambda b, h, i, *_: (b, 0, i)),
+            pl.BlockSpec((1, bk, 2), lambda b, h, i, j, _, fetch: (b, place(b, i, j, fetch), 0)),
+        ]
+    kernel = functools.partial(
+        _kernel,
+        blocks=blocks,
+        used=used,
+        factor=scale / softcap if softcap else scale * math.log2(math.e),
+        seen=functools.partial(_visible, causal=causal, window=window),
+        softcap=softcap,
+        ones=ONES // q.dtype.itemsize if ones else 0,
+        many=many,
+    )
+    row = pltpu.VMEM((groups, 1, bq), jnp.float32)
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(batch, kv_heads, queries // bq, keys // bk),
+            in_specs=in_specs,
+            out_specs=[of_queries, pl.BlockSpec((1, 1, groups, bq), lambda b, h, i, *_: (b, h, 0, i))],
+            scratch_shapes=[
+                pltpu.VMEM((groups, bq, dim), q.dtype),
+                pltpu.VMEM((groups, dim + (ONES // q.dtype.itemsize if ones else 0), bq), jnp.float32),
+                row,
+                row,
+                pltpu.VMEM((2, blocks.tile_k, bq), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, kv_heads, groups, queries), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=vmem_limit,
+            disable_bounds_checks=True,
+        ),
+        interpret=interpret,
+        name="flash_attention",
+    )(kinds, fetch, q, k, v, *ids)
+
+
+class _Refs(NamedTuple):
+    """Of one step; state is kept from one block of keys to the next."""
+
+    k: Any  # [1, 1, block_k, H]
+    v: Any  # [1, 1, H, block_k]
+    ids: list[Any]
+    q: Any  # state: [G, block_q, H], scaled
+    sum: Any  # state: [G, H + ones, block_q], of weights times v, and of weights
+    highest: Any  # state: [G, 1, block_q], the largest score so far
+    total: Any  # state: [G, 1, block_q], the sum of weights where there are no rows of ones
+    scores: Any  # [2, tile_k, block_q]
+
+
+def _kernel(
+    kinds_ref, fetch_ref, q_ref, k_ref, v_ref, *rest, blocks, used, factor, seen, softcap, ones, many
+):
+    """One block of queries of all heads of a key head, with one block of keys."""
+    del fetch_ref
+    *ids, out_ref, log_ref, scaled_ref, sum_ref, highest_ref, total_ref, scores_ref = rest
+    refs = _Refs(k_ref, v_ref, ids, scaled_ref, sum_ref, highest_ref, total_ref, scores_ref)
+    groups, _, dim = scaled_ref.shape
+    b, i, j = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+    kind = kinds_ref[b if many else 0, i, j]
+
+    def of_head(g):
+        """Where a head lies in a block of q and of the output."""
+        return (0, slice(None), pl.ds(g * dim, dim)) if len(q_ref.shape) == 3 else (0, 0, g)
+
+    @pl.when(j == 0)
+    def _():
+        for g in range(groups):
+            scaled_ref[g] = (q_ref[of_head(g)].astype(jnp.float32) * factor).astype(scaled_ref.dtype)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+        highest_ref[...] = jnp.full_like(highest_ref, LOWEST)
+        total_ref[...] = jnp.zeros_like(total_ref)
+
+    for one in sorted(used - {SKIP}):
+        pl.when(kind == one)(functools.partial(_step, refs, blocks, one, seen, softcap, ones))
+
+    @pl.when(j == pl.num_programs(3) - 1)
+    def _():
+        for g in range(groups):
+            total = sum_ref[g, dim : dim + 1] if ones else total_ref[g]  # [1, block_q]
+            inverse = jnp.where(total > 0, 1.0 / total, 0.0)
+            out_ref[of_head(g)] = (sum_ref[g, :dim] * inverse).T.astype(out_ref.dtype)
+            log = (highest_ref[g] + jnp.log2(total)) * math.log(2)
+            log_ref[0, 0, g] = jnp.where(total > 0, log, HIDDEN)[0]
+
+
+def _step(refs: _Refs, blocks: Blocks, kind: int, seen, softcap: float, ones: int):
+    """Adds a block of keys to the sums, tile by tile; the scores of the next tile are made one ahead."""
+    tiles = list(_tiles(refs.q.shape[0], blocks, kind))
+
+    def score(n):
+        g, first_q, size_q, first_k, size_k, crossed = tiles[n]
+        k = refs.k[0, 0, pl.ds(first_k, size_k), :]
+        scores = _product(k, refs.q[g, pl.ds(first_q, size_q), :], 1, 1)
+        if softcap:
+            scores = jnp.tanh(scores) * (softcap * math.log2(math.e))
+        if kind == MASKED:
+            scores = jnp.where(seen(refs.ids, first_q, size_q, first_k, size_k), scores, HIDDEN)
+        elif crossed:
+            shape, ahead = (size_k, size_q), first_k + (kind - DIAGONAL) * blocks.block_k - first_q
+            key = lax.broadcasted_iota(jnp.int32, shape, 0) + ahead
+            scores = jnp.where(key <= lax.broadcasted_iota(jnp.int32, shape, 1), scores, HIDDEN)
+        refs.scores[n % 2, :size_k, :size_q] = scores
+
+    score(0)
+    for n, (g, first_q, size_q, first_k, size_k, _) in enumerate(tiles):
+        if n + 1 < len(tiles):
+            score(n + 1)
+        lanes = pl.ds(first_q, size_q)
+        scores = refs.scores[n % 2, :size_k, :size_q]
+        before = refs.highest[g, :, lanes]
+        highest = jnp.maximum(before, jnp.max(scores, axis=0, keepdims=True))
+        weights, shrink = jnp.exp2(scores - highest), jnp.exp2(before - highest)
+        rows = refs.v[0, 0, :, pl.ds(first_k, size_k)]
+        if ones:
+            rows = jnp.concatenate([rows, jnp.ones((ones, size_k), rows.dtype)], axis=0)
+        else:
+            refs.total[g, :, lanes] = refs.total[g, :, lanes] * shrink + weights.sum(0, keepdims=True)
+        added = _product(rows, weights.astype(rows.dtype), 1, 0)  # [H + ones, size_q]
+        refs.sum[g, :, lanes] = refs.sum[g, :, lanes] * shrink + added
+        refs.highest[g, :, lanes] = highest
+
+
+def _tiles(groups: int, blocks: Blocks, kind: int) -> Iterator[tuple[int, int, int, int, int, bool]]:
+    """(head, first query, queries, first key, keys, whether the diagonal crosses it) of what is
+    computed.
+    """
+    if kind < DIAGONAL:
+        for g in range(groups):
+            for first_k in range(0, blocks.block_k, blocks.tile_k):
+                yield g, 0, blocks.block_q, first_k, blocks.tile_k, False
+        return
+    size, ahead = blocks.diagonal_tile, (kind - DIAGONAL) * blocks.block_k
+    for g in range(groups):
+        for first_k in range(0, blocks.block_k, size):
+            start = first_k + ahead  # the first query that sees all of the tile's first key
+            if start < blocks.block_q:
+                yield g, start, size, first_k, size, True
+            if start + size < blocks.block_q:
+                yield g, start + size, blocks.block_q - start - size, first_k, size, False
+
+
+def _visible(ids, first_q, size_q, first_k, size_k, *, causal, window) -> jax.Array:
+    """Whether keys [size_k] are seen by queries [size_q], from their positions and segments."""
+    of_queries, of_keys = ids
+    position, segment = (of_queries[0, n : n + 1, pl.ds(first_q, size_q)] for n in (0, 1))  # [1, size_q]
+    key_position, key_segment = (of_keys[0, pl.ds(first_k, size_k), n : n + 1] for n in (0, 1))
+    seen = key_segment == segment
+    if causal:
+        seen &= key_position <= position
+    if window:
+        seen &= jnp.abs(position - key_position) < window
+    return seen
+
+
+def _product(x: jax.Array, y: jax.Array, of_x: int, of_y: int) -> jax.Array:
+    """The sum over these axes, in float32; float32 operands are not rounded to bfloat16."""
+    exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    axes = (((of_x,), (of_y,)), ((), ()))
+    return lax.dot_general(x, y, axes, precision=exact, preferred_element_type=jnp.float32)
