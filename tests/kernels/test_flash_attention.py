@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_jax.kernels.flash_attention.api import choose, flash_attention
-from llm_jax.kernels.flash_attention.plan import plan_by_ids, plan_by_index
+from llm_jax.kernels.flash_attention.plan import fetched, plan_by_ids, plan_by_index
 from llm_jax.kernels.flash_attention.tpu import DIAGONAL, SKIP, WHOLE, Blocks
 from llm_jax.tpu.races import run_checked
 
@@ -194,10 +194,10 @@ def test_blocks_are_never_called_hidden_or_whole_wrongly(seed, causal, window, d
     positions = rng.integers(0, 200, (2, size)) if shuffled else np.tile(np.arange(size), (2, 1))
     of_queries = jnp.asarray(np.stack([positions, segments], 1), jnp.int32)
     of_keys = jnp.asarray(np.stack([positions, segments], 2), jnp.int32)
-    kinds, fetch, _ = plan_by_ids(of_queries, of_keys, causal, window, blocks)
+    kinds, _ = plan_by_ids(of_queries, of_keys, causal, window, blocks)
     mask = visible(2, size, size, causal, window, 0, (positions, positions), (segments, segments))
     tiles = mask.reshape(2, 6, 16, 12, 8)
-    kinds, fetch = np.asarray(kinds), np.asarray(fetch)
+    kinds, fetch = np.asarray(kinds), np.asarray(fetched(jnp.asarray(kinds)))
     assert not tiles.any(axis=(2, 4))[kinds == SKIP].any()
     assert tiles.all(axis=(2, 4))[kinds == WHOLE].all()
     if not shuffled and documents == 1:  # then every block is judged exactly
@@ -211,12 +211,12 @@ def test_blocks_are_never_called_hidden_or_whole_wrongly(seed, causal, window, d
 
 
 def test_a_plan_by_index_is_the_triangle():
-    kinds, fetch, used = plan_by_index(32, 48, 16, True, Blocks(16, 8, 8, 8))
+    kinds, used = plan_by_index(32, 48, 16, True, Blocks(16, 8, 8, 8))
     assert kinds[0].tolist() == [
         [WHOLE, WHOLE, DIAGONAL, DIAGONAL + 1, SKIP, SKIP],
         [WHOLE, WHOLE, WHOLE, WHOLE, DIAGONAL, DIAGONAL + 1],
     ]
-    assert fetch[0].tolist() == [[0, 1, 2, 3, 3, 3], [0, 1, 2, 3, 4, 5]]
+    assert fetched(jnp.asarray(kinds))[0].tolist() == [[0, 1, 2, 3, 3, 3], [0, 1, 2, 3, 4, 5]]
     assert used == {SKIP, WHOLE, DIAGONAL, DIAGONAL + 1}
 
 
@@ -270,3 +270,91 @@ def test_bad_input_is_named(change, message):
     }
     with pytest.raises(ValueError, match=message):
         flash_attention(**given_arrays | change, scale=1.0, causal=True)
+
+
+def gradients(implementation, q, k, v, mask, softcap=0.0, blocks=SMALL):
+    """Of a random function of both results, by q, k and v."""
+    rng = np.random.default_rng(9)
+    weights = jnp.asarray(rng.standard_normal(q.shape), jnp.float32)
+    log_weights = jnp.asarray(rng.standard_normal((q.shape[0], q.shape[2], q.shape[1])), jnp.float32)
+
+    def loss(q, k, v):
+        out, log = flash_attention(
+            q,
+            k,
+            v,
+            scale=q.shape[-1] ** -0.5,
+            softcap=softcap,
+            blocks=blocks,
+            implementation=implementation,
+            interpret=implementation == "pallas",
+            **mask,
+        )
+        seen = jnp.where(log > -1e20, log, 0.0)
+        return jnp.sum(out.astype(jnp.float32) * weights) + jnp.sum(seen * log_weights)
+
+    return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+
+def exact_gradients(q, k, v, mask, scale, softcap=0.0):
+    """The same in float64, by the formulas of the softmax: mask [B, T, S]; dense, head by head."""
+    rng = np.random.default_rng(9)
+    weights = rng.standard_normal(q.shape).astype(np.float32)
+    log_weights = rng.standard_normal((q.shape[0], q.shape[2], q.shape[1])).astype(np.float32)
+    groups = q.shape[2] // k.shape[1]
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    grads = [np.zeros_like(x) for x in (q, k, v)]
+    for b, n in np.ndindex(q.shape[0], q.shape[2]):
+        at = (b, n // groups)
+        raw = q[b, :, n] @ k[at].T * scale
+        scores = softcap * np.tanh(raw / softcap) if softcap else raw
+        shown = np.where(mask[b], scores, -1e300)
+        p = np.where(mask[b], np.exp(shown - shown.max(1, keepdims=True)), 0.0)
+        p /= np.maximum(p.sum(1, keepdims=True), 1e-300)
+        do = weights[b, :, n].astype(np.float64)
+        dp = do @ v[at].T
+        ds = p * (dp - (p * dp).sum(1, keepdims=True) + log_weights[b, n][:, None])
+        if softcap:
+            ds *= 1 - (scores / softcap) ** 2
+        grads[0][b, :, n] = ds @ k[at] * scale
+        grads[1][at] += ds.T @ q[b, :, n] * scale
+        grads[2][at] += p.T @ do
+    return grads
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "mask", "softcap"),
+    [
+        ((1, 256, 256, 4, 2, 64), {"causal": True}, 0.0),
+        ((1, 200, 200, 8, 1, 32), {"causal": True}, 0.0),
+        ((1, 128, 300, 2, 2, 32), {"causal": True, "offset": 172}, 0.0),
+        ((1, 384, 384, 2, 1, 32), {"causal": True, "window": 70}, 4.0),
+        ((2, 256, 256, 2, 2, 16), {"causal": False, "segments": "sorted"}, 0.0),
+    ],
+    ids=str,
+)
+def test_gradients(shape, mask, softcap, fused, monkeypatch):
+    from llm_jax.kernels.flash_attention import tpu_backward
+
+    monkeypatch.setattr(tpu_backward, "KEPT_SHARE", tpu_backward.KEPT_SHARE if fused else 0.0)
+    batch, queries, keys, _, _, dim = shape
+    q, k, v = drawn(1, *shape)
+    if "segments" in mask:
+        rows = np.sort(np.random.default_rng(2).integers(0, 3, (batch, queries)), axis=1).astype(
+            np.int32
+        )
+        mask = mask | {"segments": (jnp.asarray(rows), jnp.asarray(rows))}
+    got = gradients("pallas", q, k, v, mask, softcap)
+    dense = visible(batch, queries, keys, **mask)
+    wanted = exact_gradients(q, k, v, dense, dim**-0.5, softcap)
+    for ours, theirs in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+
+
+def test_gradients_of_xla_agree():
+    shape, mask = (1, 100, 100, 4, 2, 32), {"causal": True}
+    q, k, v = drawn(1, *shape)
+    wanted = exact_gradients(q, k, v, visible(1, 100, 100, True), 32**-0.5)
+    for ours, theirs in zip(gradients("xla", q, k, v, mask), wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())

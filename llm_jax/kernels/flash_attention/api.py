@@ -5,15 +5,17 @@ Letters: B batch, T queries, S keys, N query heads, K key/value heads, H head di
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.kernels.chips import ChipRule, chip_rule
-from llm_jax.kernels.flash_attention.plan import plan_by_ids, plan_by_index
+from llm_jax.kernels.flash_attention.plan import fetched, plan_by_ids, plan_by_index
 from llm_jax.kernels.flash_attention.reference import reference_attention
-from llm_jax.kernels.flash_attention.tpu import Blocks, flash_forward
+from llm_jax.kernels.flash_attention.tpu import HEADS_AT_ONCE, HIDDEN, Blocks, flash_forward
+from llm_jax.kernels.flash_attention.tpu_backward import flash_backward
 
 LANES, SUBLANES = 128, 8
 IMPLEMENTATIONS = ("pallas", "xla")
@@ -86,52 +88,97 @@ def flash_attention(
 
 def _pallas(q, k, v, scale, causal, window, softcap, offset, positions, segments, blocks, interpret):
     (batch, queries, heads, dim), (_, kv_heads, keys, _) = q.shape, k.shape
-    rule = chip_rule(interpret)
-    groups = heads // kv_heads
+    rule, groups = chip_rule(interpret), heads // kv_heads
     if blocks is None:
         blocks = block_rule(rule, groups, dim, q.dtype.itemsize)
     blocks = blocks.fitted(_up(queries, LANES), _up(keys, LANES))
     # Of one sequence beside itself, everything is known by index; else by positions and segments.
     aligned = blocks.block_q % blocks.block_k == 0 and offset % blocks.block_k == 0
     covered = keys == _up(keys, blocks.block_k) or (causal and offset + queries <= keys)
-    by_index = (
-        positions is None and segments is None and not window and covered and (aligned or not causal)
-    )
-    padded_q = _pad(q, 1, blocks.block_q)
-    k, v = _pad(k, 2, blocks.block_k), _pad(v, 2, blocks.block_k)
+    plain = positions is None and segments is None and not window
+    q, k, v = _pad(q, 1, blocks.block_q), _pad(k, 2, blocks.block_k), _pad(v, 2, blocks.block_k)
     ids: tuple[jax.Array, ...] = ()
-    if by_index:
-        kinds, fetch, used = plan_by_index(padded_q.shape[1], k.shape[2], offset, causal, blocks)
+    if plain and covered and (aligned or not causal):
+        kinds, used = plan_by_index(q.shape[1], k.shape[2], offset, causal, blocks)
     else:
         ids = _ids(batch, queries, keys, offset, positions, segments, blocks)
-        kinds, fetch, used = plan_by_ids(*ids, causal, window, blocks)
-    flat = groups * dim % LANES == 0
-    if flat:
-        given = padded_q.reshape(batch, -1, heads * dim)
-    else:
-        given = padded_q.reshape(batch, -1, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
-    out, log = flash_forward(
-        given,
-        k,
-        v.transpose(0, 1, 3, 2),
-        jnp.asarray(kinds),
-        jnp.asarray(fetch),
-        ids,
-        heads=heads,
-        blocks=blocks,
-        used=used,
-        scale=scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        ones=rule.sums_by_matrix_units,
-        vmem_limit=rule.vmem_bytes * 3 // 4,
-        interpret=interpret,
+        kinds, used = plan_by_ids(*ids, causal, window, blocks)
+    spec = _Spec(
+        heads, blocks, used, scale, causal, window, softcap, rule.vmem_bytes * 3 // 4, interpret
     )
+    # As the projections of queries leave them, where a key head's queries fill whole registers.
+    flat = groups * dim % LANES == 0 and groups <= HEADS_AT_ONCE
+    if flat:
+        q = q.reshape(batch, -1, heads * dim)
+    else:
+        q = q.reshape(batch, -1, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
+    out: jax.Array
+    log: jax.Array
+    out, log = _attend(spec, rule.sums_by_matrix_units, q, k, v, jnp.asarray(kinds), ids)
     if not flat:
         out = out.transpose(0, 3, 1, 2, 4)
     out = out.reshape(batch, -1, heads, dim)
     return out[:, :queries], log.reshape(batch, heads, -1)[:, :, :queries]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """What both directions are told besides arrays; see `tpu.flash_forward`."""
+
+    heads: int
+    blocks: Blocks
+    used: frozenset[int]
+    scale: float
+    causal: bool
+    window: int
+    softcap: float
+    vmem_limit: int
+    interpret: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As keyword arguments."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(spec: _Spec, ones: bool, q, k, v, kinds, ids):
+    """(output, log) of padded arrays as the kernels take them."""
+    rows = v.transpose(0, 1, 3, 2)
+    return flash_forward(q, k, rows, kinds, fetched(kinds), ids, ones=ones, **spec.options)
+
+
+def _attend_forward(spec, ones, q, k, v, kinds, ids):
+    out, log = _attend(spec, ones, q, k, v, kinds, ids)
+    return (out, log), (q, k, v, out, log, kinds, ids)
+
+
+def _attend_backward(spec, ones, saved, grads):
+    q, k, v, out, log, kinds, ids = saved
+    out_grad, log_grad = grads
+    products = (out_grad.astype(jnp.float32) * out.astype(jnp.float32)).reshape(*q.shape[:-1], -1)
+    if q.ndim == 3:
+        products = products.reshape(*q.shape[:2], k.shape[1], -1, k.shape[3]).transpose(0, 2, 3, 1, 4)
+    # The logarithm's own gradient reaches the scores by the weights, as delta does.
+    delta = products.sum(axis=-1) - log_grad
+    log = jnp.where(log > HIDDEN / 2, log, -HIDDEN)  # weights of 0 for a query that sees nothing
+    gradients = flash_backward(
+        q,
+        k,
+        v,
+        out_grad,
+        log,
+        delta,
+        kinds,
+        fetched(kinds),
+        fetched(kinds.transpose(0, 2, 1)),
+        ids,
+        **spec.options,
+    )
+    return *gradients, None, tuple(None for _ in ids)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def block_rule(rule: ChipRule, groups: int, dim: int, itemsize: int) -> Blocks:

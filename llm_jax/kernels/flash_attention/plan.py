@@ -10,13 +10,13 @@ from jax import lax
 
 from llm_jax.kernels.flash_attention.tpu import DIAGONAL, MASKED, SKIP, WHOLE, Blocks
 
-Plan = tuple[jax.Array | np.ndarray, jax.Array | np.ndarray, frozenset[int]]  # kinds, fetch, used
+Plan = tuple[jax.Array | np.ndarray, frozenset[int]]  # kinds, those that occur
 
 
 def plan_by_index(queries: int, keys: int, offset: int, causal: bool, blocks: Blocks) -> Plan:
     """The plan of one sequence whose query t is at place t + offset of its keys; known before it runs.
 
-    kinds, fetch int32 [1, I, J], and the kinds that occur. offset and block_q are multiples of block_k.
+    kinds int32 [1, I, J], and those that occur. offset and block_q are multiples of block_k.
     """
     bq, bk = blocks.block_q, blocks.block_k
     first = np.arange(queries // bq)[:, None] * bq + offset
@@ -26,7 +26,7 @@ def plan_by_index(queries: int, keys: int, offset: int, causal: bool, blocks: Bl
         assert bq % bk == 0 and offset % bk == 0, (blocks, offset)
         kinds = np.where(ahead >= bq, SKIP, np.where(ahead < 0, WHOLE, DIAGONAL + ahead // bk))
         kinds = kinds.astype(np.int32)
-    return kinds[None], np.asarray(_fetch(kinds[None], np)), frozenset(np.unique(kinds).tolist())
+    return kinds[None], frozenset(np.unique(kinds).tolist())
 
 
 def plan_by_ids(
@@ -56,19 +56,17 @@ def plan_by_ids(
         hidden |= (q_low - k_high >= window) | (k_low - q_high >= window)
         whole &= (q_high - k_low < window) & (k_high - q_low < window)
     kinds = jnp.where(hidden, SKIP, jnp.where(whole, WHOLE, MASKED)).astype(jnp.int32)
-    return kinds, _fetch(kinds, jnp), frozenset((SKIP, WHOLE, MASKED))
+    return kinds, frozenset((SKIP, WHOLE, MASKED))
 
 
-def _fetch(kinds, numpy):
-    """The block of keys that should have been fetched by each step: its own, or the last one that
-    counted.
+def fetched(kinds: jax.Array) -> jax.Array:
+    """kinds [B, X, Y] -> int32 [B, X, Y]: which block along y should have been fetched by each step.
+
+    Its own, or the last one that counted; before the first that counts that one, so that nothing is
+    fetched for nothing.
     """
-    places = numpy.arange(kinds.shape[-1], dtype=numpy.int32)
-    counted = numpy.where(kinds != SKIP, places, numpy.int32(-1))
-    if numpy is np:
-        last = np.maximum.accumulate(counted, axis=-1)
-    else:
-        last = lax.cummax(counted, axis=counted.ndim - 1)
-    # Before the first that counts: that one, so that nothing is fetched for nothing.
-    first = numpy.argmax(kinds != SKIP, axis=-1).astype(numpy.int32)[..., None]
-    return numpy.where(last < 0, first, last)
+    places = jnp.arange(kinds.shape[-1], dtype=jnp.int32)
+    counted = jnp.where(kinds != SKIP, jnp.broadcast_to(places, kinds.shape), -1)
+    last = lax.cummax(counted, axis=kinds.ndim - 1)
+    first = jnp.argmax(kinds != SKIP, axis=-1).astype(jnp.int32)[..., None]
+    return jnp.where(last < 0, first, last)

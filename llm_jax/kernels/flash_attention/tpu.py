@@ -34,6 +34,7 @@ from jax.experimental.pallas import tpu as pltpu
 HIDDEN = -1e30  # the score of a key that a query does not see
 ONES = 32  # bytes of a column of ones: 16 rows of bfloat16, 8 of float32, a tile of registers each
 LOWEST = -1e29  # where the maximum begins: above HIDDEN, so that a query without any key sums to 0
+HEADS_AT_ONCE = 4  # of one key head in straight code; with more the compiler takes minutes
 SKIP, WHOLE, MASKED, DIAGONAL = range(
     4
 )  # kinds of blocks; DIAGONAL + n: the n-th block along a diagonal
@@ -109,7 +110,7 @@ def flash_forward(
         blocks=blocks,
         used=used,
         factor=scale / softcap if softcap else scale * math.log2(math.e),
-        seen=functools.partial(_visible, causal=causal, window=window),
+        seen=functools.partial(visible, causal=causal, window=window),
         softcap=softcap,
         ones=ONES // q.dtype.itemsize if ones else 0,
         many=many,
@@ -195,42 +196,58 @@ def _kernel(
 
 def _step(refs: _Refs, blocks: Blocks, kind: int, seen, softcap: float, ones: int):
     """Adds a block of keys to the sums, tile by tile; the scores of the next tile are made one ahead."""
-    tiles = list(_tiles(refs.q.shape[0], blocks, kind))
+    groups = refs.q.shape[0]
+    at_once = next(n for n in range(min(groups, HEADS_AT_ONCE), 0, -1) if groups % n == 0)
+    tiles = list(tiles_of(at_once, blocks, kind))
 
-    def score(n):
-        g, first_q, size_q, first_k, size_k, crossed = tiles[n]
-        k = refs.k[0, 0, pl.ds(first_k, size_k), :]
-        scores = _product(k, refs.q[g, pl.ds(first_q, size_q), :], 1, 1)
-        if softcap:
-            scores = jnp.tanh(scores) * (softcap * math.log2(math.e))
-        if kind == MASKED:
-            scores = jnp.where(seen(refs.ids, first_q, size_q, first_k, size_k), scores, HIDDEN)
-        elif crossed:
-            shape, ahead = (size_k, size_q), first_k + (kind - DIAGONAL) * blocks.block_k - first_q
-            key = lax.broadcasted_iota(jnp.int32, shape, 0) + ahead
-            scores = jnp.where(key <= lax.broadcasted_iota(jnp.int32, shape, 1), scores, HIDDEN)
-        refs.scores[n % 2, :size_k, :size_q] = scores
+    def heads(first_head):
+        def score(n):
+            g, first_q, size_q, first_k, size_k, crossed = tiles[n]
+            k = refs.k[0, 0, pl.ds(first_k, size_k), :]
+            scores = product(k, refs.q[first_head + g, pl.ds(first_q, size_q), :], 1, 1)
+            if softcap:
+                scores = jnp.tanh(scores) * (softcap * math.log2(math.e))
+            if kind == MASKED:
+                scores = jnp.where(seen(refs.ids, first_q, size_q, first_k, size_k), scores, HIDDEN)
+            elif crossed:
+                scores = hide_later(scores, first_q, first_k + (kind - DIAGONAL) * blocks.block_k)
+            refs.scores[n % 2, :size_k, :size_q] = scores
 
-    score(0)
-    for n, (g, first_q, size_q, first_k, size_k, _) in enumerate(tiles):
-        if n + 1 < len(tiles):
-            score(n + 1)
-        lanes = pl.ds(first_q, size_q)
-        scores = refs.scores[n % 2, :size_k, :size_q]
-        before = refs.highest[g, :, lanes]
-        highest = jnp.maximum(before, jnp.max(scores, axis=0, keepdims=True))
-        weights, shrink = jnp.exp2(scores - highest), jnp.exp2(before - highest)
-        rows = refs.v[0, 0, :, pl.ds(first_k, size_k)]
-        if ones:
-            rows = jnp.concatenate([rows, jnp.ones((ones, size_k), rows.dtype)], axis=0)
-        else:
-            refs.total[g, :, lanes] = refs.total[g, :, lanes] * shrink + weights.sum(0, keepdims=True)
-        added = _product(rows, weights.astype(rows.dtype), 1, 0)  # [H + ones, size_q]
-        refs.sum[g, :, lanes] = refs.sum[g, :, lanes] * shrink + added
-        refs.highest[g, :, lanes] = highest
+        score(0)
+        for n, (g, first_q, size_q, first_k, size_k, _) in enumerate(tiles):
+            if n + 1 < len(tiles):
+                score(n + 1)
+            here = (first_head + g, slice(None), pl.ds(first_q, size_q))
+            scores, before = refs.scores[n % 2, :size_k, :size_q], refs.highest[here]
+            highest = jnp.maximum(before, jnp.max(scores, axis=0, keepdims=True))
+            weights, shrink = jnp.exp2(scores - highest), jnp.exp2(before - highest)
+            rows = refs.v[0, 0, :, pl.ds(first_k, size_k)]
+            if ones:
+                rows = jnp.concatenate([rows, jnp.ones((ones, size_k), rows.dtype)], axis=0)
+            else:
+                refs.total[here] = refs.total[here] * shrink + weights.sum(axis=0, keepdims=True)
+            added = product(rows, weights.astype(rows.dtype), 1, 0)  # [H + ones, size_q]
+            refs.sum[here] = refs.sum[here] * shrink + added
+            refs.highest[here] = highest
+
+    over_heads(heads, groups, at_once)
 
 
-def _tiles(groups: int, blocks: Blocks, kind: int) -> Iterator[tuple[int, int, int, int, int, bool]]:
+def over_heads(f, groups: int, at_once: int) -> None:
+    """f(first head) for every `at_once` heads; a loop, where they are not all of them."""
+    if groups == at_once:
+        f(0)
+    else:
+        lax.fori_loop(0, groups // at_once, lambda n, _: f(n * at_once), None)
+
+
+def hide_later(scores: jax.Array, first_q: int, first_k: int) -> jax.Array:
+    """scores [keys, queries] with HIDDEN where a key comes after the query."""
+    key = lax.broadcasted_iota(jnp.int32, scores.shape, 0) + (first_k - first_q)
+    return jnp.where(key <= lax.broadcasted_iota(jnp.int32, scores.shape, 1), scores, HIDDEN)
+
+
+def tiles_of(groups: int, blocks: Blocks, kind: int) -> Iterator[tuple[int, int, int, int, int, bool]]:
     """(head, first query, queries, first key, keys, whether the diagonal crosses it) of what is
     computed.
     """
@@ -249,7 +266,7 @@ def _tiles(groups: int, blocks: Blocks, kind: int) -> Iterator[tuple[int, int, i
                 yield g, start + size, blocks.block_q - start - size, first_k, size, False
 
 
-def _visible(ids, first_q, size_q, first_k, size_k, *, causal, window) -> jax.Array:
+def visible(ids, first_q, size_q, first_k, size_k, *, causal, window) -> jax.Array:
     """Whether keys [size_k] are seen by queries [size_q], from their positions and segments."""
     of_queries, of_keys = ids
     position, segment = (of_queries[0, n : n + 1, pl.ds(first_q, size_q)] for n in (0, 1))  # [1, size_q]
@@ -262,7 +279,7 @@ def _visible(ids, first_q, size_q, first_k, size_k, *, causal, window) -> jax.Ar
     return seen
 
 
-def _product(x: jax.Array, y: jax.Array, of_x: int, of_y: int) -> jax.Array:
+def product(x: jax.Array, y: jax.Array, of_x: int, of_y: int) -> jax.Array:
     """The sum over these axes, in float32; float32 operands are not rounded to bfloat16."""
     exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     axes = (((of_x,), (of_y,)), ((), ()))
