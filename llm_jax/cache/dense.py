@@ -21,14 +21,20 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llm_jax.config import ModelConfig
-from llm_jax.ops.attention import attention_mask, causal_attention, dot_product_attention
+from llm_jax.ops.attention import (
+    KEY,
+    QUERY,
+    ROWS,
+    attention_mask,
+    causal_attention,
+    dot_product_attention,
+    kernel_serves,
+    self_attention,
+)
 from llm_jax.sharding import COMPUTE, on_shards, shard, shardings
 from llm_jax.tree import PerLayer
 
 POOL = ("layers", "batch", "kv_heads", "seq", "head_dim")
-QUERY = ("batch", "seq", "heads", "head_dim")
-KEY = ("batch", "seq", "kv_heads", "head_dim")
-ROWS = ("batch", "seq")
 
 Pool = Any  # (k, v), each [layers, B, K, S, H] or PerLayer of [B, K, S, H]
 
@@ -184,11 +190,16 @@ def _on_pool(run, pool, slots, layer):
     axes = POOL[-args[0].ndim :]
 
     def call(q, k, v, length, positions, window, *lengths):
-        window = jnp.asarray(window, jnp.int32)
         index = jnp.asarray(0 if per_layer else slot, jnp.int32)
-        in_axes = [axes, axes, (), QUERY, KEY, KEY, ("batch",), ROWS, (), *([("batch",)] * len(lengths))]
-        local = on_shards(partial(run, stacked=not per_layer), in_axes, out_like=(3, 0, 1))
-        out, new_k, new_v = local(*args, index, q, k, v, length, positions, window, *lengths)
+        in_axes = [axes, axes, (), QUERY, KEY, KEY, ("batch",), ROWS, *([("batch",)] * len(lengths))]
+        given = (*args, index, q, k, v, length, positions, *lengths)
+        options = {"stacked": not per_layer}
+        if isinstance(window, int):  # known to kernels
+            local = partial(run, window=window, **options)
+        else:
+            local = lambda *x: run(*x[:-1], window=x[-1], **options)  # noqa: E731
+            in_axes, given = [*in_axes, ()], (*given, window)
+        out, new_k, new_v = on_shards(local, in_axes, out_like=(3, 0, 1))(*given)
         if per_layer:
             new_k, new_v = (
                 PerLayer(p.parts[:slot] + (x,) + p.parts[slot + 1 :])
@@ -200,7 +211,7 @@ def _on_pool(run, pool, slots, layer):
 
 
 def _attend_new(
-    k_pool, v_pool, slot, q, k, v, length, positions, window, *, ring, stacked, causal, scale, softcap
+    k_pool, v_pool, slot, q, k, v, length, positions, *, window, ring, stacked, causal, scale, softcap
 ):
     """Attend over stored and new tokens, and store the new ones."""
     assert causal, "a cache serves causal models"
@@ -235,9 +246,9 @@ def _attend_prompt(
     v,
     length,
     positions,
-    window,
     lengths,
     *,
+    window,
     ring,
     stacked,
     causal,
@@ -246,10 +257,13 @@ def _attend_prompt(
 ):
     """Attend within the prompt and store it: all of it, or what the ring holds of it."""
     assert causal, "a cache serves causal models"
-    key_positions = jnp.where(positions < lengths[:, None], positions, -1)
-    mask = attention_mask(positions, key_positions, window=window, causal=True)
     keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))
-    out = causal_attention(q, keys, values, mask, scale=scale, softcap=softcap)
+    if kernel_serves(q, k, window):  # padding comes after all tokens, which do not see it
+        out = self_attention(q, k, v, window, True, scale, softcap)
+    else:
+        key_positions = jnp.where(positions < lengths[:, None], positions, -1)
+        mask = attention_mask(positions, key_positions, window=window, causal=True)
+        out = causal_attention(q, keys, values, mask, scale=scale, softcap=softcap)
     if ring:
         held = jnp.maximum(_ring_positions(lengths[:, None] - 1, k_pool.shape[-2]), 0)
         keys, values = (

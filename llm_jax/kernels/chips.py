@@ -29,14 +29,21 @@ RULES = {  # the device's kind: its rule
 }
 
 
+def device_kind() -> str:
+    """Of the devices that are computed on: those of the mesh that is set, else the first one there."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
 def chip_rule(interpret: bool = False) -> ChipRule:
-    """The rule of the device that is there; interpret: the newest, for tests on a CPU.
+    """The rule of the TPU that is computed on; interpret: of the newest, for tests on a CPU.
 
     Raises ValueError for a TPU that is not known.
     """
     if interpret:
         return RULES["TPU7x"]
-    kind = jax.devices()[0].device_kind
+    kind = device_kind()
     if kind not in RULES:
         raise ValueError(
             f"device kind {kind!r}: expected one of {tuple(RULES)}; add it to kernels/chips.py"

@@ -8,14 +8,19 @@ step reads once per token.
 """
 
 import dataclasses
+import math
 from typing import Protocol, Self
 
 import jax
 import jax.numpy as jnp
 
-from llm_jax.sharding import shard
+from llm_jax.kernels.flash_attention.api import choose, flash_attention
+from llm_jax.sharding import on_shards, shard
 
 CAUSAL_BLOCK = 128  # fewest queries in a block of `causal_attention`
+QUERY = ("batch", "seq", "heads", "head_dim")
+KEY = ("batch", "seq", "kv_heads", "head_dim")
+ROWS = ("batch", "seq")
 MASKED = -1e30  # finite, so that a row with no key at all (padding) stays finite too
 
 
@@ -111,6 +116,22 @@ def causal_attention(
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
+def kernel_serves(q: jax.Array, k: jax.Array, window: jax.Array | int) -> bool:
+    """Whether a kernel computes attention within a batch: q [B, T, N, H], k [B, T, K, H].
+
+    A window that differs between scanned layers is data, which the kernel does not take.
+    """
+    heads_major = jax.ShapeDtypeStruct((k.shape[0], k.shape[2], k.shape[1], k.shape[3]), k.dtype)
+    return isinstance(window, int) and choose(q, heads_major).implementation == "pallas"
+
+
+def self_attention(q, k, v, window, causal, scale, softcap, **pairs) -> jax.Array:
+    """The kernel for q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]; see `flash_attention`."""
+    k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap or 0.0}
+    return flash_attention(q, k, v, implementation="pallas", **options, **pairs)[0]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FullContext:
@@ -123,11 +144,28 @@ class FullContext:
     dropout_key: jax.Array | None = None  # None = no dropout (evaluation)
 
     def attend(self, layer, q, k, v, *, positions, window, causal, scale, softcap):
+        if kernel_serves(q, k, window):
+            return self._by_kernel(q, k, v, positions, window, causal, scale, softcap), self
         mask = attention_mask(positions, positions, window=window, causal=causal)
         mask &= self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
         k, v = (shard(x.transpose(0, 2, 1, 3), "batch", "kv_heads", "seq", None) for x in (k, v))
         attention = causal_attention if causal else dot_product_attention
         return attention(q, k, v, mask, scale=scale, softcap=softcap), self
+
+    def _by_kernel(self, q, k, v, positions, window, causal, scale, softcap):
+        """The same on a TPU, each device its own rows and heads."""
+        mesh = jax.sharding.get_abstract_mesh()
+        tensor = 1 if mesh.empty else mesh.shape["tensor"]
+        if q.shape[2] % tensor == 0 and k.shape[2] % tensor:  # then each shard has what its queries read
+            k, v = (jnp.repeat(x, math.lcm(x.shape[2], tensor) // x.shape[2], axis=2) for x in (k, v))
+
+        def local(q, k, v, positions, segment_ids):
+            pairs = {"positions": (positions, positions), "segments": (segment_ids, segment_ids)}
+            return (self_attention(q, k, v, window, causal, scale, softcap, **pairs),)
+
+        in_axes = [QUERY, KEY, KEY, ROWS, ROWS]
+        (out,) = on_shards(local, in_axes, out_like=(0,))(q, k, v, positions, self.segment_ids)
+        return out
 
     def dropout(self, x, rate, layer, site):
         if self.dropout_key is None or rate == 0.0:

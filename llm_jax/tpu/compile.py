@@ -65,7 +65,7 @@ class Program:
 
     memory: bytes of one device (argument_size_in_bytes, temp_size_in_bytes, ...). cost: XLA's own count,
     in which the body of a loop counts once. kernels: names of the Pallas kernels in the program; traced:
-    what they were called before it was compiled.
+    what they were called before it was compiled. versions: of jax and libtpu.
     """
 
     folder: Path
@@ -78,6 +78,7 @@ class Program:
     cost: dict[str, float]
     kernels: tuple[str, ...]
     traced: tuple[str, ...]
+    versions: dict[str, str]
     lower_s: float
     compile_s: float
     cached: bool

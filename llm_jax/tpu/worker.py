@@ -29,7 +29,7 @@ from jax._src.pallas.mosaic import tpu_info  # there is no public way to name th
 from llm_jax.tpu.case import Case, kernel_integers
 from llm_jax.tpu.topology import topology_devices
 
-FORMAT = 1  # of what is kept; another number makes the old ones unread
+FORMAT = 2  # of what is kept; another number makes the old ones unread
 KERNEL_KEPT = (
     ("bundles", "*-{name}-*-final_bundles.txt"),
     ("slots", "*-{name}-*-final_hlo-static-per-bundle-utilization.txt"),
@@ -77,7 +77,9 @@ def _compiled(order: dict[str, Any], build: Callable[..., Any], devices: list[An
         start = time.perf_counter()
         compiled = lowered.compile()
         compile_s = time.perf_counter() - start
-        _keep(place, order, case, compiled, {"lower_s": lower_s, "compile_s": compile_s})
+        versions = {"jax": jax.__version__, "libtpu": devices[0].client.platform_version}
+        times = {"lower_s": lower_s, "compile_s": compile_s}
+        _keep(place, order, case, compiled, times | {"versions": versions})
     return {"key": key, "cached": cached}
 
 

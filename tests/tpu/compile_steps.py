@@ -2,8 +2,9 @@
 
     python tests/tpu/compile_steps.py TOPOLOGY MESH        e.g. v5e:2x2 data:1,tensor:4
 
-libtpu compiles on any machine. Prints one JSON object per step: `step`, `argument_bytes` and
-`temp_bytes` (of one device), `collectives` (names in the final program).
+libtpu compiles on any machine. Prints one JSON object per step of two models: `model`, `step`,
+`argument_bytes` and `temp_bytes` (of one device), `collectives` and Pallas `kernels` (names in the final
+program).
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ from llm_jax.train.state import abstract_state
 from llm_jax.train.step import make_train_step
 
 COLLECTIVE = r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+KERNEL = r'%([a-z_]+)[.\d]* = [^\n]* custom-call\([^\n]*custom_call_target="tpu_custom_call"'
 BATCH, PROMPT, CACHE = 8, 128, 256
 # Of Gemma's type: full and window layers, soft caps, norms before and after.
 CONFIG = ModelConfig(
@@ -48,6 +50,16 @@ CONFIG = ModelConfig(
     param_dtype="bfloat16",
     compute_dtype="bfloat16",
     cache_dtype="bfloat16",
+)
+
+# Every layer alike, so that attention within a batch is a Pallas kernel.
+PLAIN = dataclasses.replace(
+    CONFIG,
+    family="llama",
+    windows=(),
+    attn_softcap=None,
+    final_softcap=None,
+    norm_position="pre",
 )
 
 
@@ -92,17 +104,20 @@ def _placed(x, sharding):
 def main(topology: str, shape: str) -> None:
     options = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}  # one device a chip
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
-    for step, program in lowered(CONFIG, make_mesh(shape, found.devices)):
-        compiled = program.compile()
-        memory = compiled.memory_analysis()
-        collectives = re.findall(COLLECTIVE, compiled.as_text())
-        record = {
-            "step": step,
-            "argument_bytes": memory.argument_size_in_bytes,
-            "temp_bytes": memory.temp_size_in_bytes,
-            "collectives": sorted(set(collectives)),
-        }
-        print(json.dumps(record), flush=True)
+    mesh = make_mesh(shape, found.devices)
+    for name, config in {"gemma2": CONFIG, "llama": PLAIN}.items():
+        for step, program in lowered(config, mesh):
+            compiled = program.compile()
+            memory, text = compiled.memory_analysis(), compiled.as_text()
+            record = {
+                "model": name,
+                "step": step,
+                "argument_bytes": memory.argument_size_in_bytes,
+                "temp_bytes": memory.temp_size_in_bytes,
+                "collectives": sorted(set(re.findall(COLLECTIVE, text))),
+                "kernels": sorted(set(re.findall(KERNEL, text))),
+            }
+            print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":

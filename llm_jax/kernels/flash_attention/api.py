@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.kernels.chips import ChipRule, chip_rule
+from llm_jax.kernels.chips import ChipRule, chip_rule, device_kind
 from llm_jax.kernels.flash_attention.plan import fetched, plan_by_ids, plan_by_index
 from llm_jax.kernels.flash_attention.reference import reference_attention
-from llm_jax.kernels.flash_attention.tpu import HEADS_AT_ONCE, HIDDEN, Blocks, flash_forward
+from llm_jax.kernels.flash_attention.tpu import HIDDEN, LANES, Blocks, flash_forward, heads_at_once
 from llm_jax.kernels.flash_attention.tpu_backward import flash_backward
 
-LANES, SUBLANES = 128, 8
+SUBLANES = 8
 IMPLEMENTATIONS = ("pallas", "xla")
 
 
@@ -29,17 +29,18 @@ class Choice:
     reason: str
 
 
-def choose(q: jax.Array, k: jax.Array, platform: str | None = None) -> Choice:
-    """What `flash_attention` takes for these arrays (or shapes) on a platform; the default backend's."""
-    platform = jax.default_backend() if platform is None else platform
-    if platform != "tpu":
-        return Choice("xla", f"there is no kernel for {platform}")
+def choose(q: jax.Array, k: jax.Array, kind: str | None = None) -> Choice:
+    """What `flash_attention` takes for such arrays (or shapes) on a kind of device, or on ours."""
+    kind = device_kind() if kind is None else kind
+    if not kind.startswith("TPU"):
+        return Choice("xla", f"there is no kernel for {kind}")
     if q.dtype not in (jnp.bfloat16, jnp.float32):
         return Choice("xla", f"the kernel computes in bfloat16 and float32, not {q.dtype}")
     if q.shape[-1] % 16:
         return Choice("xla", f"head_dim={q.shape[-1]} is no multiple of 16")
     if q.shape[1] < LANES or k.shape[2] < LANES:
-        return Choice("xla", f"{q.shape[1]} queries and {k.shape[2]} keys; below {LANES} XLA is as fast")
+        sizes = f"{q.shape[1]} queries and {k.shape[2]} keys"
+        return Choice("xla", f"{sizes}: below {LANES} the kernel would mostly compute padding")
     return Choice("pallas", "TPU kernel")
 
 
@@ -88,10 +89,10 @@ def flash_attention(
 
 def _pallas(q, k, v, scale, causal, window, softcap, offset, positions, segments, blocks, interpret):
     (batch, queries, heads, dim), (_, kv_heads, keys, _) = q.shape, k.shape
-    rule, groups = chip_rule(interpret), heads // kv_heads
+    rule, groups = chip_rule(interpret), heads_at_once(heads // kv_heads)
     if blocks is None:
         blocks = block_rule(rule, groups, dim, q.dtype.itemsize)
-    blocks = blocks.fitted(_up(queries, LANES), _up(keys, LANES))
+    blocks = blocks.fitted(queries, keys)
     # Of one sequence beside itself, everything is known by index; else by positions and segments.
     aligned = blocks.block_q % blocks.block_k == 0 and offset % blocks.block_k == 0
     covered = keys == _up(keys, blocks.block_k) or (causal and offset + queries <= keys)
@@ -107,14 +108,13 @@ def _pallas(q, k, v, scale, causal, window, softcap, offset, positions, segments
         heads, blocks, used, scale, causal, window, softcap, rule.vmem_bytes * 3 // 4, interpret
     )
     # As the projections of queries leave them, where a key head's queries fill whole registers.
-    flat = groups * dim % LANES == 0 and groups <= HEADS_AT_ONCE
+    flat = groups * dim % LANES == 0
     if flat:
         q = q.reshape(batch, -1, heads * dim)
     else:
-        q = q.reshape(batch, -1, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
-    out: jax.Array
-    log: jax.Array
-    out, log = _attend(spec, rule.sums_by_matrix_units, q, k, v, jnp.asarray(kinds), ids)
+        q = q.reshape(batch, -1, heads // groups, groups, dim).transpose(0, 2, 3, 1, 4)
+    results: Any = _attend(spec, rule.sums_by_matrix_units, q, k, v, jnp.asarray(kinds), ids)
+    out, log = results
     if not flat:
         out = out.transpose(0, 3, 1, 2, 4)
     out = out.reshape(batch, -1, heads, dim)
@@ -149,7 +149,8 @@ def _attend(spec: _Spec, ones: bool, q, k, v, kinds, ids):
 
 
 def _attend_forward(spec, ones, q, k, v, kinds, ids):
-    out, log = _attend(spec, ones, q, k, v, kinds, ids)
+    rows = v.transpose(0, 1, 3, 2)
+    out, log = flash_forward(q, k, rows, kinds, fetched(kinds), ids, ones=ones, **spec.options)
     return (out, log), (q, k, v, out, log, kinds, ids)
 
 
@@ -158,7 +159,7 @@ def _attend_backward(spec, ones, saved, grads):
     out_grad, log_grad = grads
     products = (out_grad.astype(jnp.float32) * out.astype(jnp.float32)).reshape(*q.shape[:-1], -1)
     if q.ndim == 3:
-        products = products.reshape(*q.shape[:2], k.shape[1], -1, k.shape[3]).transpose(0, 2, 3, 1, 4)
+        products = products.reshape(*q.shape[:2], *log.shape[1:3], -1).transpose(0, 2, 3, 1, 4)
     # The logarithm's own gradient reaches the scores by the weights, as delta does.
     delta = products.sum(axis=-1) - log_grad
     log = jnp.where(log > HIDDEN / 2, log, -HIDDEN)  # weights of 0 for a query that sees nothing

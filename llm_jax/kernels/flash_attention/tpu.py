@@ -34,7 +34,8 @@ from jax.experimental.pallas import tpu as pltpu
 HIDDEN = -1e30  # the score of a key that a query does not see
 ONES = 32  # bytes of a column of ones: 16 rows of bfloat16, 8 of float32, a tile of registers each
 LOWEST = -1e29  # where the maximum begins: above HIDDEN, so that a query without any key sums to 0
-HEADS_AT_ONCE = 4  # of one key head in straight code; with more the compiler takes minutes
+LANES = 128
+HEADS_AT_ONCE = 4  # of one key head; in more than this the compiler takes minutes for little
 SKIP, WHOLE, MASKED, DIAGONAL = range(
     4
 )  # kinds of blocks; DIAGONAL + n: the n-th block along a diagonal
@@ -50,10 +51,40 @@ class Blocks:
     diagonal_tile: int
 
     def fitted(self, queries: int, keys: int) -> "Blocks":
-        """The same, not larger than the sequences."""
-        block_q, block_k = min(self.block_q, queries), min(self.block_k, keys)
-        tile_k = math.gcd(self.tile_k, block_k)
-        return Blocks(block_q, block_k, tile_k, math.gcd(self.diagonal_tile, math.gcd(block_q, tile_k)))
+        """As large at most, for sequences of these lengths, with little padding at their ends.
+
+        Where there are about as many keys as queries, a block of keys divides one of queries, so that a
+        causal diagonal meets blocks at the same places everywhere.
+        """
+        block_q = even_part(queries, self.block_q)
+        if keys <= 2 * queries:
+            sizes = range(min(self.block_k, block_q) // LANES, 0, -1)
+            block_k = LANES * next(n for n in sizes if block_q % (n * LANES) == 0)
+        else:
+            block_k = even_part(keys, self.block_k)
+        tile_k = largest_tile(self.tile_k, block_k)
+        return Blocks(
+            block_q, block_k, tile_k, largest_tile(min(self.diagonal_tile, tile_k), tile_k, block_q)
+        )
+
+
+def even_part(length: int, most: int) -> int:
+    """The size of the fewest parts of at most `most` that a sequence has, with the least padding."""
+    parts = -(-length // most)
+    unit = LANES if length <= 2 * LANES else 2 * LANES
+    return min(-(-length // parts // unit) * unit, -(-most // LANES) * LANES)
+
+
+def largest_tile(most: int, *blocks: int) -> int:
+    """The largest multiple of 128 up to `most` that divides all of these."""
+    return LANES * next(
+        n for n in range(most // LANES, 0, -1) if all(x % (n * LANES) == 0 for x in blocks)
+    )
+
+
+def heads_at_once(groups: int) -> int:
+    """How many of a key head's `groups` query heads one step of the grid takes."""
+    return next(n for n in range(min(groups, HEADS_AT_ONCE), 0, -1) if groups % n == 0)
 
 
 def flash_forward(
@@ -75,16 +106,19 @@ def flash_forward(
     vmem_limit: int,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """(output in the shape and dtype of q, log of the sums of exponentials [B, K, G, T] float32).
+    """(output in the shape and dtype of q, log of the sums of exponentials [B, N / G, G, T] float32).
 
-    q [B, T, N H] with N = `heads`, or [B, K, G, T, H] where G H is no multiple of 128; k [B, K, S, H]; v
-    [B, K, H, S]. kinds, fetch [B or 1, T / block_q, S / block_k] int32: what to do with a block, and
-    which one to have fetched by then; used: the kinds that occur. ids, where MASKED is among them:
-    positions and segments of queries [B, 2, T] and of keys [B, S, 2], int32; those of equal segments see
-    each other, as far as causal and window say. ones: whether the matrix units sum the weights.
+    G: heads of a step, `heads_at_once`. q [B, T, N H] with N = `heads`, or [B, N / G, G, T, H] where G H
+    is no multiple of 128; k [B, K, S, H]; v [B, K, H, S]. kinds, fetch [B or 1, T / block_q, S / block_k]
+    int32: what to do with a block, and which one to have fetched by then; used: the kinds that occur. ids,
+    where MASKED is among them: positions and segments of queries [B, 2, T] and of keys [B, S, 2], int32;
+    those of equal segments see each other, as far as causal and window say. ones: whether the matrix units
+    sum the weights.
     """
     batch, kv_heads, dim, keys = v.shape
-    groups, flat, queries = heads // kv_heads, q.ndim == 3, q.shape[1 if q.ndim == 3 else 3]
+    groups = heads_at_once(heads // kv_heads)
+    shares = heads // groups // kv_heads  # parts of a key head's queries, which read the same keys
+    flat, queries = q.ndim == 3, q.shape[1 if q.ndim == 3 else 3]
     bq, bk = blocks.block_q, blocks.block_k
     many = kinds.shape[0] > 1
 
@@ -97,8 +131,12 @@ def flash_forward(
         of_queries = pl.BlockSpec((1, 1, groups, bq, dim), lambda b, h, i, *_: (b, h, 0, i, 0))
     in_specs = [
         of_queries,
-        pl.BlockSpec((1, 1, bk, dim), lambda b, h, i, j, _, fetch: (b, h, place(b, i, j, fetch), 0)),
-        pl.BlockSpec((1, 1, dim, bk), lambda b, h, i, j, _, fetch: (b, h, 0, place(b, i, j, fetch))),
+        pl.BlockSpec(
+            (1, 1, bk, dim), lambda b, h, i, j, _, fetch: (b, h // shares, place(b, i, j, fetch), 0)
+        ),
+        pl.BlockSpec(
+            (1, 1, dim, bk), lambda b, h, i, j, _, fetch: (b, h // shares, 0, place(b, i, j, fetch))
+        ),
     ]
     if ids:
         in_specs += [
@@ -120,7 +158,7 @@ def flash_forward(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(batch, kv_heads, queries // bq, keys // bk),
+            grid=(batch, heads // groups, queries // bq, keys // bk),
             in_specs=in_specs,
             out_specs=[of_queries, pl.BlockSpec((1, 1, groups, bq), lambda b, h, i, *_: (b, h, 0, i))],
             scratch_shapes=[
@@ -133,7 +171,7 @@ def flash_forward(
         ),
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, kv_heads, groups, queries), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads // groups, groups, queries), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
@@ -191,54 +229,41 @@ def _kernel(
             inverse = jnp.where(total > 0, 1.0 / total, 0.0)
             out_ref[of_head(g)] = (sum_ref[g, :dim] * inverse).T.astype(out_ref.dtype)
             log = (highest_ref[g] + jnp.log2(total)) * math.log(2)
-            log_ref[0, 0, g] = jnp.where(total > 0, log, HIDDEN)[0]
+            log_ref[0, 0, pl.ds(g, 1)] = jnp.where(total > 0, log, HIDDEN)
 
 
 def _step(refs: _Refs, blocks: Blocks, kind: int, seen, softcap: float, ones: int):
     """Adds a block of keys to the sums, tile by tile; the scores of the next tile are made one ahead."""
-    groups = refs.q.shape[0]
-    at_once = next(n for n in range(min(groups, HEADS_AT_ONCE), 0, -1) if groups % n == 0)
-    tiles = list(tiles_of(at_once, blocks, kind))
+    tiles = list(tiles_of(refs.q.shape[0], blocks, kind))
 
-    def heads(first_head):
-        def score(n):
-            g, first_q, size_q, first_k, size_k, crossed = tiles[n]
-            k = refs.k[0, 0, pl.ds(first_k, size_k), :]
-            scores = product(k, refs.q[first_head + g, pl.ds(first_q, size_q), :], 1, 1)
-            if softcap:
-                scores = jnp.tanh(scores) * (softcap * math.log2(math.e))
-            if kind == MASKED:
-                scores = jnp.where(seen(refs.ids, first_q, size_q, first_k, size_k), scores, HIDDEN)
-            elif crossed:
-                scores = hide_later(scores, first_q, first_k + (kind - DIAGONAL) * blocks.block_k)
-            refs.scores[n % 2, :size_k, :size_q] = scores
+    def score(n):
+        g, first_q, size_q, first_k, size_k, crossed = tiles[n]
+        k = refs.k[0, 0, pl.ds(first_k, size_k), :]
+        scores = product(k, refs.q[g, pl.ds(first_q, size_q), :], 1, 1)
+        if softcap:
+            scores = jnp.tanh(scores) * (softcap * math.log2(math.e))
+        if kind == MASKED:
+            scores = jnp.where(seen(refs.ids, first_q, size_q, first_k, size_k), scores, HIDDEN)
+        elif crossed:
+            scores = hide_later(scores, first_q, first_k + (kind - DIAGONAL) * blocks.block_k)
+        refs.scores[n % 2, :size_k, :size_q] = scores
 
-        score(0)
-        for n, (g, first_q, size_q, first_k, size_k, _) in enumerate(tiles):
-            if n + 1 < len(tiles):
-                score(n + 1)
-            here = (first_head + g, slice(None), pl.ds(first_q, size_q))
-            scores, before = refs.scores[n % 2, :size_k, :size_q], refs.highest[here]
-            highest = jnp.maximum(before, jnp.max(scores, axis=0, keepdims=True))
-            weights, shrink = jnp.exp2(scores - highest), jnp.exp2(before - highest)
-            rows = refs.v[0, 0, :, pl.ds(first_k, size_k)]
-            if ones:
-                rows = jnp.concatenate([rows, jnp.ones((ones, size_k), rows.dtype)], axis=0)
-            else:
-                refs.total[here] = refs.total[here] * shrink + weights.sum(axis=0, keepdims=True)
-            added = product(rows, weights.astype(rows.dtype), 1, 0)  # [H + ones, size_q]
-            refs.sum[here] = refs.sum[here] * shrink + added
-            refs.highest[here] = highest
-
-    over_heads(heads, groups, at_once)
-
-
-def over_heads(f, groups: int, at_once: int) -> None:
-    """f(first head) for every `at_once` heads; a loop, where they are not all of them."""
-    if groups == at_once:
-        f(0)
-    else:
-        lax.fori_loop(0, groups // at_once, lambda n, _: f(n * at_once), None)
+    score(0)
+    for n, (g, first_q, size_q, first_k, size_k, _) in enumerate(tiles):
+        if n + 1 < len(tiles):
+            score(n + 1)
+        here = (g, slice(None), pl.ds(first_q, size_q))
+        scores, before = refs.scores[n % 2, :size_k, :size_q], refs.highest[here]
+        highest = jnp.maximum(before, jnp.max(scores, axis=0, keepdims=True))
+        weights, shrink = jnp.exp2(scores - highest), jnp.exp2(before - highest)
+        rows = refs.v[0, 0, :, pl.ds(first_k, size_k)]
+        if ones:
+            rows = jnp.concatenate([rows, jnp.ones((ones, size_k), rows.dtype)], axis=0)
+        else:
+            refs.total[here] = refs.total[here] * shrink + weights.sum(axis=0, keepdims=True)
+        added = product(rows, weights.astype(rows.dtype), 1, 0)  # [H + ones, size_q]
+        refs.sum[here] = refs.sum[here] * shrink + added
+        refs.highest[here] = highest
 
 
 def hide_later(scores: jax.Array, first_q: int, first_k: int) -> jax.Array:

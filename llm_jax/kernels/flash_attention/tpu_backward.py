@@ -17,13 +17,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from llm_jax.kernels.flash_attention.tpu import (
     DIAGONAL,
-    HEADS_AT_ONCE,
     HIDDEN,
     MASKED,
     SKIP,
     Blocks,
+    heads_at_once,
     hide_later,
-    over_heads,
     product,
     tiles_of,
     visible,
@@ -56,13 +55,15 @@ def flash_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of q, k and v in their shapes and dtypes.
 
-    q and out_grad [B, T, N H] or [B, K, G, T, H]; k, v [B, K, S, H]; log, delta [B, K, G, T] float32,
-    log a very large number where a query sees nothing. kinds, fetch_keys [B or 1, T / block_q, S /
-    block_k] int32; fetch_queries [B or 1, S / block_k, T / block_q]: which block of queries should have
+    q and out_grad [B, T, N H] or [B, N / G, G, T, H]; k, v [B, K, S, H]; log, delta [B, N / G, G, T]
+    float32, log a very large number where a query sees nothing. kinds, fetch_keys [B or 1, T / block_q,
+    S / block_k] int32; fetch_queries [B or 1, S / block_k, T / block_q]: which block of queries should have
     been fetched. The others: see `tpu.flash_forward`.
     """
     batch, kv_heads, keys, dim = k.shape
-    groups, flat, queries = heads // kv_heads, q.ndim == 3, q.shape[1 if q.ndim == 3 else 3]
+    groups = heads_at_once(heads // kv_heads)
+    shares = heads // groups // kv_heads  # parts of a key head's queries
+    flat, queries = q.ndim == 3, q.shape[1 if q.ndim == 3 else 3]
     bq, bk = blocks.block_q, blocks.block_k
     many = kinds.shape[0] > 1
     tile_q = max(size for _, _, size, _, _, _ in tiles_of(1, blocks, min(used - {SKIP}, default=SKIP)))
@@ -89,7 +90,7 @@ def flash_backward(
             return (b, order(b, x, y, fetch)[0], h) if flat else (b, h, 0, order(b, x, y, fetch)[0], 0)
 
         def at_keys(b, h, x, y, kinds, fetch):
-            return b, h, order(b, x, y, fetch)[1], 0
+            return b, h // shares, order(b, x, y, fetch)[1], 0
 
         wide = pl.BlockSpec((1, bq, groups * dim) if flat else (1, 1, groups, bq, dim), at_queries)
         row = pl.BlockSpec((1, 1, groups, bq), lambda b, h, x, y, _, f: (b, h, 0, order(b, x, y, f)[0]))
@@ -110,8 +111,12 @@ def flash_backward(
 
     arrays = (q, k, v, out_grad, log, delta)
     k_rows = k.transpose(0, 1, 3, 2)
-    row_shape, last = (batch, kv_heads, keys // bk, queries // bq), keys // bk - 1
+    last = keys // bk - 1
     of_keys = specs(keys_outside)
+    # Parts of a key head's queries give parts of its gradient, which are added in float32.
+    of_parts = jax.ShapeDtypeStruct(
+        (batch, heads // groups, keys, dim), k.dtype if shares == 1 else jnp.float32
+    )
     wide = of_keys[0].block_shape
     fused = queries * groups * dim * 4 <= KEPT_SHARE * vmem_limit
     # Of a fused kernel: the blocks of the queries' gradient are complete in the last round.
@@ -125,30 +130,37 @@ def flash_backward(
         functools.partial(_keys_kernel, fused=fused, **options),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=row_shape,
-            in_specs=[pl.BlockSpec((1, 1, dim, bk), lambda b, h, j, *_: (b, h, 0, j)), *of_keys],
+            grid=(batch, heads // groups, keys // bk, queries // bq),
+            in_specs=[
+                pl.BlockSpec((1, 1, dim, bk), lambda b, h, j, *_: (b, h // shares, 0, j)),
+                *of_keys,
+            ],
             out_specs=[pl.BlockSpec((1, 1, bk, dim), lambda b, h, j, *_: (b, h, j, 0))] * 2
             + [whole] * fused,
             scratch_shapes=[pltpu.VMEM((bk, dim), jnp.float32)] * 2
             + [tile] * 2
             + [pltpu.VMEM((groups, dim, queries), jnp.float32)] * fused,
         ),
-        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype)] * 2
-        + [jax.ShapeDtypeStruct(q.shape, q.dtype)] * fused,
+        out_shape=[of_parts] * 2 + [jax.ShapeDtypeStruct(q.shape, q.dtype)] * fused,
         name="flash_attention_keys",
         **settings(("parallel", "parallel", "arbitrary", "arbitrary")),
     )(kinds, fetch_queries, k_rows, *arrays, *ids)
+    k_grad, v_grad = (
+        x if shares == 1 else x.reshape(batch, kv_heads, shares, keys, dim).sum(axis=2).astype(k.dtype)
+        for x in results[:2]
+    )
     if fused:
-        k_grad, v_grad, q_grad = results
-        return q_grad, k_grad, v_grad
+        return results[2], k_grad, v_grad
 
     of_queries = specs(queries_outside)
-    rows = pl.BlockSpec((1, 1, dim, bk), lambda b, h, i, j, _, f: (b, h, 0, f[b if many else 0, i, j]))
+    rows = pl.BlockSpec(
+        (1, 1, dim, bk), lambda b, h, i, j, _, f: (b, h // shares, 0, f[b if many else 0, i, j])
+    )
     (q_grad,) = pl.pallas_call(
         functools.partial(_queries_kernel, **options),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(batch, kv_heads, queries // bq, keys // bk),
+            grid=(batch, heads // groups, queries // bq, keys // bk),
             in_specs=[rows, *of_queries],
             out_specs=[of_queries[0]],
             scratch_shapes=[pltpu.VMEM((groups, dim, bq), jnp.float32), tile, tile],
@@ -157,7 +169,7 @@ def flash_backward(
         name="flash_attention_queries",
         **settings(("parallel", "parallel", "parallel", "arbitrary")),
     )(kinds, fetch_keys, k_rows, *arrays, *ids)
-    return q_grad, *results
+    return q_grad, k_grad, v_grad
 
 
 class _Refs(NamedTuple):
@@ -262,40 +274,33 @@ def _queries_kernel(kinds_ref, fetch_ref, k_rows, *rest, blocks, used, scale, so
 
 def _step(refs: _Refs, blocks: Blocks, kind: int, seen, scale: float, softcap: float, add):
     """add(head, queries, keys, p, ds) for each tile; s and dp of the next tile are made one ahead."""
-    groups = refs.log.shape[2]
-    at_once = next(n for n in range(min(groups, HEADS_AT_ONCE), 0, -1) if groups % n == 0)
-    tiles = list(tiles_of(at_once, blocks, kind))
+    tiles = list(tiles_of(refs.log.shape[2], blocks, kind))
     to_log2 = math.log2(math.e)
 
-    def heads(first_head):
-        def products(n):
-            g, first_q, size_q, first_k, size_k, _ = tiles[n]
-            queries, keys, g = pl.ds(first_q, size_q), pl.ds(first_k, size_k), first_head + g
-            part = (n % 2, slice(0, size_k), slice(0, size_q))
-            k, v = refs.k[0, 0, keys, :], refs.v[0, 0, keys, :]
-            refs.scores[part] = product(k, _of_head(refs.q, g, queries, refs), 1, 1)
-            refs.dp[part] = product(v, _of_head(refs.out_grad, g, queries, refs), 1, 1)
+    def products(n):
+        g, first_q, size_q, first_k, size_k, _ = tiles[n]
+        queries, keys = pl.ds(first_q, size_q), pl.ds(first_k, size_k)
+        part = (n % 2, slice(0, size_k), slice(0, size_q))
+        k, v = refs.k[0, 0, keys, :], refs.v[0, 0, keys, :]
+        refs.scores[part] = product(k, _of_head(refs.q, g, queries, refs), 1, 1)
+        refs.dp[part] = product(v, _of_head(refs.out_grad, g, queries, refs), 1, 1)
 
-        products(0)
-        for n, (g, first_q, size_q, first_k, size_k, crossed) in enumerate(tiles):
-            if n + 1 < len(tiles):
-                products(n + 1)
-            queries, keys, g = pl.ds(first_q, size_q), pl.ds(first_k, size_k), first_head + g
-            part = (n % 2, slice(0, size_k), slice(0, size_q))
-            bent = jnp.tanh(refs.scores[part] * (scale / softcap)) if softcap else None
-            scores = (
-                refs.scores[part] * (scale * to_log2) if bent is None else bent * (softcap * to_log2)
-            )
-            if kind == MASKED:
-                scores = jnp.where(seen(refs.ids, first_q, size_q, first_k, size_k), scores, HIDDEN)
-            elif crossed:
-                scores = hide_later(scores, first_q, first_k + (kind - DIAGONAL) * blocks.block_k)
-            log, delta = (x[0, 0, pl.ds(g, 1), queries] for x in (refs.log, refs.delta))  # [1, size_q]
-            p = jnp.exp2(scores - log * to_log2)
-            ds = p * (refs.dp[part] - delta)
-            add(g, queries, keys, p, ds if bent is None else ds * (1.0 - bent * bent))
-
-    over_heads(heads, groups, at_once)
+    products(0)
+    for n, (g, first_q, size_q, first_k, size_k, crossed) in enumerate(tiles):
+        if n + 1 < len(tiles):
+            products(n + 1)
+        queries, keys = pl.ds(first_q, size_q), pl.ds(first_k, size_k)
+        part = (n % 2, slice(0, size_k), slice(0, size_q))
+        bent = jnp.tanh(refs.scores[part] * (scale / softcap)) if softcap else None
+        scores = refs.scores[part] * (scale * to_log2) if bent is None else bent * (softcap * to_log2)
+        if kind == MASKED:
+            scores = jnp.where(seen(refs.ids, first_q, size_q, first_k, size_k), scores, HIDDEN)
+        elif crossed:
+            scores = hide_later(scores, first_q, first_k + (kind - DIAGONAL) * blocks.block_k)
+        log, delta = (x[0, 0, pl.ds(g, 1), queries] for x in (refs.log, refs.delta))  # [1, size_q]
+        p = jnp.exp2(scores - log * to_log2)
+        ds = p * (refs.dp[part] - delta)
+        add(g, queries, keys, p, ds if bent is None else ds * (1.0 - bent * bent))
 
 
 def _of_head(ref, g: int, queries, refs: _Refs) -> jax.Array:

@@ -1,0 +1,71 @@
+"""What kernels cost by the compiler's code, kept: `python tests/kernels/budgets.py` writes budgets.json.
+
+Run it after a change that makes a kernel cheaper, or with another jax or libtpu, and read what changed.
+It takes several minutes and a libtpu that prints its machine code (docs/tpu_lab.md).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from llm_jax.tpu.compile import compile_for  # noqa: E402
+from llm_jax.tpu.profile import profile_program  # noqa: E402
+
+FILE = Path(__file__).with_name("budgets.json")
+ONE = {"v4": "v4:1x1x1", "v5e": "v5e:1x1", "v5p": "v5p:1x1x1", "v6e": "v6e:1x1", "tpu7x": "tpu7x:1x1x1"}
+CASES = [
+    *((f"forward/{chip}", "flash_attention", ONE[chip], {}) for chip in ONE),
+    *((f"gradient/{chip}", "flash_attention", ONE[chip], {"gradient": True}) for chip in ONE),
+    *(
+        (f"forward/{name}/{chip}", "flash_attention", ONE[chip], options)
+        for chip in ("v5e", "v6e", "tpu7x")
+        for name, options in {
+            "dim64": {"shape": "1x8x2x4096x64"},
+            "dim256": {"shape": "1x8x2x4096x256"},
+        }.items()
+    ),
+    *(
+        (f"forward/{name}/v6e", "flash_attention", ONE["v6e"], options)
+        for name, options in {
+            "dim80": {"shape": "1x8x8x2048x80"},
+            "dim96": {"shape": "1x8x4x2048x96"},
+            "heads16": {"shape": "1x16x1x2048x128"},
+            "documents": {"documents": 8},
+            "window": {"window": 1024},
+            "softcap": {"softcap": 50.0},
+            "both_ways": {"causal": False},
+            "float32": {"shape": "1x4x2x1024x128", "dtype": "float32"},
+        }.items()
+    ),
+]
+
+
+def measure(kernel: str, topology: str, options: dict, cache: Path | None = None) -> dict:
+    """Cycles and shares of one case."""
+    program = compile_for(f"llm_jax.kernels.{kernel}.cases:case", topology, options, cache=cache)
+    report = profile_program(program)
+    kernels = report.kernels
+    time = sum(k.estimate_us for k in kernels)
+    peak = report.flops / (time * 1e-6 * program.chip.peak_flops)
+    return {
+        "issued_cycles": sum(k.issued_cycles + k.mxu_wait_cycles for k in kernels),
+        "estimate_us": round(time, 1),
+        "share_of_peak_flops": round(peak, 3),
+        "compile_s": round(program.compile_s, 1),
+        "versions": program.versions,
+    }
+
+
+def main() -> None:
+    found = {}
+    for name, kernel, topology, options in CASES:
+        found[name] = measure(kernel, topology, options)
+        print(f"{name:28} {found[name]}", flush=True)
+    FILE.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

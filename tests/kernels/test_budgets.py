@@ -1,0 +1,32 @@
+"""No kernel costs more than it did: issued cycles of committed cases, by the compiler's final code."""
+
+import json
+
+import pytest
+
+from tests.kernels import budgets
+
+BUDGETS = json.loads(budgets.FILE.read_text())
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "topology", "options"), budgets.CASES, ids=[case[0] for case in budgets.CASES]
+)
+def test_cycles_do_not_grow(name, kernel, topology, options, tmp_path):
+    kept = BUDGETS[name]
+    try:
+        found = budgets.measure(kernel, topology, options, cache=tmp_path)
+    except ValueError as error:
+        if "libtpu" in str(error):
+            pytest.skip(str(error))
+        raise
+    if found["versions"] != kept["versions"]:
+        pytest.skip(
+            f"kept for {kept['versions']}, found {found['versions']}: run tests/kernels/budgets.py"
+        )
+    assert found["issued_cycles"] <= 1.03 * kept["issued_cycles"]
+
+
+def test_every_case_is_kept():
+    assert list(BUDGETS) == [case[0] for case in budgets.CASES]
