@@ -109,11 +109,11 @@ def flash_forward(
     """(output in the shape and dtype of q, log of the sums of exponentials [B, N / G, G, T] float32).
 
     G: heads of a step, `heads_at_once`. q [B, T, N H] with N = `heads`, or [B, N / G, G, T, H] where G H
-    is no multiple of 128; k [B, K, S, H]; v [B, K, H, S]. kinds, fetch [B or 1, T / block_q, S / block_k]
-    int32: what to do with a block, and which one to have fetched by then; used: the kinds that occur. ids,
-    where MASKED is among them: positions and segments of queries [B, 2, T] and of keys [B, S, 2], int32;
-    those of equal segments see each other, as far as causal and window say. ones: whether the matrix units
-    sum the weights.
+    is no multiple of 128; k [B, K, S, H]; v [B, K, H, S]. kinds, fetch [B or 1, T / block_q, S /
+    block_k] int32: what to do with a block, and which one to have fetched by then; used: the kinds that
+    occur. ids, where MASKED is among them: positions and segments of queries [B, 2, T] and of keys
+    [B, S, 2], int32; those of equal segments see each other, as far as causal and window say. ones:
+    whether the matrix units sum the weights.
     """
     batch, kv_heads, dim, keys = v.shape
     groups = heads_at_once(heads // kv_heads)

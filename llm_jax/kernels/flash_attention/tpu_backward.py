@@ -57,8 +57,8 @@ def flash_backward(
 
     q and out_grad [B, T, N H] or [B, N / G, G, T, H]; k, v [B, K, S, H]; log, delta [B, N / G, G, T]
     float32, log a very large number where a query sees nothing. kinds, fetch_keys [B or 1, T / block_q,
-    S / block_k] int32; fetch_queries [B or 1, S / block_k, T / block_q]: which block of queries should have
-    been fetched. The others: see `tpu.flash_forward`.
+    S / block_k] int32; fetch_queries [B or 1, S / block_k, T / block_q]: which block of queries should
+    have been fetched. The others: see `tpu.flash_forward`.
     """
     batch, kv_heads, keys, dim = k.shape
     groups = heads_at_once(heads // kv_heads)
