@@ -118,7 +118,8 @@ def test_other_masks(mask):
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "offset"), [(256, 512, 256), (128, 500, 372), (100, 333, 50)]
+    ("queries", "keys", "offset"),
+    [(256, 512, 256), pytest.param(128, 500, 372, marks=pytest.mark.slow), (100, 333, 50)],
 )
 def test_queries_at_the_end_of_their_keys(queries, keys, offset):
     compare((1, queries, keys, 4, 2, 32), causal=True, offset=offset)
@@ -327,9 +328,13 @@ def exact_gradients(q, k, v, mask, scale, softcap=0.0):
     ("shape", "mask", "softcap"),
     [
         ((1, 256, 256, 4, 2, 64), {"causal": True}, 0.0),
-        ((1, 200, 200, 8, 1, 32), {"causal": True}, 0.0),
-        ((1, 128, 300, 2, 2, 32), {"causal": True, "offset": 172}, 0.0),
-        ((1, 384, 384, 2, 1, 32), {"causal": True, "window": 70}, 4.0),
+        pytest.param((1, 200, 200, 8, 1, 32), {"causal": True}, 0.0, marks=pytest.mark.slow),
+        pytest.param(
+            (1, 128, 300, 2, 2, 32), {"causal": True, "offset": 172}, 0.0, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            (1, 384, 384, 2, 1, 32), {"causal": True, "window": 70}, 4.0, marks=pytest.mark.slow
+        ),
         ((2, 256, 256, 2, 2, 16), {"causal": False, "segments": "sorted"}, 0.0),
     ],
     ids=str,
