@@ -12,7 +12,7 @@ The format is libtpu's own and undocumented; what stands here was read from its 
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 BUNDLE = re.compile(r"^(\d+):(0x[0-9a-f]+)\s*:\s*\{(.*)\}\s*(?:/\*.*)?$", re.MULTILINE)
 OPERATION = re.compile(
@@ -72,20 +72,19 @@ class Kernel:
     divided: bool
 
 
-def read_kernels(program: "Texts", names: tuple[str, ...]) -> list[Kernel]:
+class Texts(Protocol):
+    """What is read of a program: its texts by name, as `compile.Program` has them."""
+
+    def text(self, name: str) -> str: ...
+
+
+def read_kernels(program: Texts, names: tuple[str, ...]) -> list[Kernel]:
     """The Pallas kernels of a compiled program. Raises ValueError where libtpu did not print them."""
     listing: dict[str, dict[int, str]] = {}
     for overlay, address, body in BUNDLE.findall(program.text("assembly.txt")):
         listing.setdefault(overlay, {})[int(address, 16)] = body
     ranges = {name: rest for name, *rest in _ranges(program.text("ranges.txt"))}
     return [_kernel(program, name, listing, ranges) for name in names]
-
-
-class Texts:
-    """What `read_kernels` needs of a program: text(name) -> str."""
-
-    def text(self, name: str) -> str:
-        raise NotImplementedError
 
 
 def operations(bundle: str) -> Iterator[Operation]:

@@ -1,6 +1,6 @@
 """Compile a function for TPU chips that are not there, and keep what the compiler says about it.
 
-    program = compile_for("llm_jax.kernels.flash_attention.cases:causal", "v6e:1x1", {"block_q": 1024})
+    program = compile_for("llm_jax.kernels.flash_attention.cases:case", "v6e:1x1", {"window": 1024})
     program.memory["temp_size_in_bytes"], program.kernels
 
 Each compilation has a process of its own, which gets libtpu's settings before libtpu is loaded. Its

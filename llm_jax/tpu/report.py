@@ -76,16 +76,16 @@ def _slots(slots: dict[str, float]) -> str:
     return " ".join(f"{kind} {share:.0%}" for kind, share in slots.items() if share >= 0.005)
 
 
-ROWS = (  # of a comparison: (name, of a kernel, whether less is better)
-    ("estimate, us", lambda k: k.estimate_us, True),
-    ("compute, us", lambda k: k.compute_us, True),
-    ("HBM, us", lambda k: k.hbm_us, True),
-    ("issued cycles", lambda k: k.issued_cycles, True),
-    ("bundles", lambda k: k.bundles, True),
-    ("share of bfloat16 peak, %", lambda k: 100 * (k.share_of_peak_flops or 0.0), False),
-    ("share of HBM bandwidth, %", lambda k: 100 * k.share_of_hbm, False),
-    ("VMEM, MiB", lambda k: k.vmem_bytes / MIB, True),
-    ("spill slots", lambda k: k.spills, True),
+ROWS = (  # of a comparison: (name, of a kernel)
+    ("estimate, us", lambda k: k.estimate_us),
+    ("compute, us", lambda k: k.compute_us),
+    ("HBM, us", lambda k: k.hbm_us),
+    ("issued cycles", lambda k: k.issued_cycles),
+    ("bundles", lambda k: k.bundles),
+    ("share of bfloat16 peak, %", lambda k: 100 * (k.share_of_peak_flops or 0.0)),
+    ("share of HBM bandwidth, %", lambda k: 100 * k.share_of_hbm),
+    ("VMEM, MiB", lambda k: k.vmem_bytes / MIB),
+    ("spill slots", lambda k: k.spills),
 )
 
 
@@ -95,7 +95,7 @@ def side_by_side(reports: Sequence[Report]) -> str:
     """
     heads = ["", *(_name(r) for r in reports)]
     table = [heads]
-    for name, value, _ in ROWS:
+    for name, value in ROWS:
         row, first = [name], None
         for report in reports:
             values = [value(k) for k in report.kernels]

@@ -363,3 +363,15 @@ def test_gradients_of_xla_agree():
     wanted = exact_gradients(q, k, v, visible(1, 100, 100, True), 32**-0.5)
     for ours, theirs in zip(gradients("xla", q, k, v, mask), wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+def test_a_query_without_any_key_has_no_gradient(implementation):
+    segments = (jnp.asarray([[1] * 60 + [7] * 68]), jnp.asarray([[1] * 128]))
+    mask = {"causal": False, "segments": segments}
+    q, k, v = drawn(1, 1, 128, 128, 2, 1, 16)
+    got = gradients(implementation, q, k, v, mask, blocks=Blocks(128, 128, 128, 128))
+    assert not np.asarray(got[0][:, 60:]).any()
+    wanted = exact_gradients(q, k, v, visible(1, 128, 128, **mask), 0.25)
+    for ours, theirs in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())

@@ -3,6 +3,7 @@
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from llm_jax.kernels.chips import RULES
 from llm_jax.tpu.chips import CHIPS, chip_of
 
 VERSIONS = {"v4": "TPU_V4", "v5e": "TPU_V5E", "v5p": "TPU_V5P", "v6e": "TPU_V6E", "tpu7x": "TPU_7X"}
@@ -33,3 +34,9 @@ def test_an_unknown_generation_is_named():
     with pytest.raises(ValueError, match="'v9'.*known: v4, v5e, v5p, v6e, tpu7x"):
         chip_of("v9:2x2")
     assert chip_of("v5e:2x4") is chip_of("v5e")
+
+
+def test_kernels_know_the_same_chips():
+    """Neither room imports the other, so that each can be lifted out; their figures must not part."""
+    assert {rule.name for rule in RULES.values()} == set(CHIPS)
+    assert all(rule.vmem_bytes == CHIPS[rule.name].vmem_bytes for rule in RULES.values())

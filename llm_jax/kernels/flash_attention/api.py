@@ -69,8 +69,8 @@ def flash_attention(
     scores, 0 = none. A query that sees nothing has attention 0 and a very negative logarithm.
 
     implementation: "pallas" (TPU), "xla", or None for `choose`. blocks: of the TPU kernel; by a rule of
-    the chip's memory if not given. interpret: run the kernel on a CPU, for tests. There is no gradient
-    yet.
+    the chip's memory if not given. interpret: run the kernel on a CPU, for tests. Both results may be
+    differentiated.
 
     Raises ValueError for arrays that do not fit each other and for an implementation that cannot run.
     """
@@ -266,7 +266,6 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def _pad(x: jax.Array, axis: int, multiple: int) -> jax.Array:
     """x with zeros behind this axis up to a multiple."""
     wide = [(0, 0)] * x.ndim
