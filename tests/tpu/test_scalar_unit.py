@@ -40,6 +40,12 @@ def test_a_loop_is_counted_with_the_bundles_that_follow_its_branch():
     np.testing.assert_array_equal(result.counts, [1] + [10] * 7)
 
 
+def test_only_one_bundle_follows_a_branch_on_v4():
+    unit, result = run(*LOOP[:4], "s3 = sadd.s32 $1, s3", "s2 = sadd.s32 $1, s2", chip="v4")
+    assert unit.s[1:4] == [10, 1, 10]
+    assert result.issued == result.cycles == 1 + 10 * 4 + 1
+
+
 def test_operations_of_a_bundle_read_before_any_writes():
     unit, _ = run("s1 = simm.u32 $3; s2 = simm.u32 $4", "s1 = smov.u32 s2; s2 = smov.u32 s1")
     assert unit.s[1:3] == [4, 3]
