@@ -9,23 +9,29 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class ChipRule:
-    """One generation. sums_by_matrix_units: whether they have more to spare than the vector units."""
+    """One generation. sums_by_matrix_units: whether they have more to spare than the vector units.
+
+    cores: of a device, which share a kernel's grid. pass_rows: that must pass a weight matrix in the
+    matrix units to hide the loading of the next one.
+    """
 
     name: str
     vmem_bytes: int  # of a core
     sums_by_matrix_units: bool
+    cores: int = 1
+    pass_rows: int = 256
 
 
 MIB = 1 << 20
 RULES = {  # the device's kind: its rule
-    "TPU v4": ChipRule("v4", 16 * MIB, True),
-    "TPU v5 lite": ChipRule("v5e", 128 * MIB, False),
-    "TPU v5e": ChipRule("v5e", 128 * MIB, False),
-    "TPU v5": ChipRule("v5p", 64 * MIB, False),
-    "TPU v5p": ChipRule("v5p", 64 * MIB, False),
-    "TPU v6 lite": ChipRule("v6e", 128 * MIB, True),
-    "TPU v6e": ChipRule("v6e", 128 * MIB, True),
-    "TPU7x": ChipRule("tpu7x", 64 * MIB, True),
+    "TPU v4": ChipRule("v4", 16 * MIB, True, 2, 256),
+    "TPU v5 lite": ChipRule("v5e", 128 * MIB, False, 1, 128),
+    "TPU v5e": ChipRule("v5e", 128 * MIB, False, 1, 128),
+    "TPU v5": ChipRule("v5p", 64 * MIB, False, 2, 128),
+    "TPU v5p": ChipRule("v5p", 64 * MIB, False, 2, 128),
+    "TPU v6 lite": ChipRule("v6e", 128 * MIB, True, 1, 256),
+    "TPU v6e": ChipRule("v6e", 128 * MIB, True, 1, 256),
+    "TPU7x": ChipRule("tpu7x", 64 * MIB, True, 1, 256),
 }
 
 

@@ -1,0 +1,264 @@
+"""Attention of new tokens, of some rows one and of others many, to keys and values in pages.
+
+Letters: T tokens, R rows, N query heads, K key/value heads, H head dim, L layers, P pages of Z tokens,
+M pages of a row.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.kernels.chips import ChipRule, chip_rule, device_kind
+from llm_jax.kernels.paged_attention.reference import reference_paged_attention
+from llm_jax.kernels.paged_attention.scales import LANES, spread_scales
+from llm_jax.kernels.paged_attention.tpu_chunk import ChunkSizes, chunk_attention
+from llm_jax.kernels.paged_attention.tpu_decode import DecodeSizes, decode_attention
+from llm_jax.kernels.paged_attention.tpu_write import write_pages
+from llm_jax.kernels.paged_attention.types import (
+    CHUNK_ALIGNMENT,
+    EIGHT_BITS,
+    Pages,
+    Rows,
+    abstract_pages,
+)
+
+IMPLEMENTATIONS = ("pallas", "xla")
+MIB = 1 << 20
+NO_WINDOW = 1 << 30
+TABLE_BYTES = 512 << 10  # of the memory that a core's scalar unit has
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which implementation runs, and why."""
+
+    implementation: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of the two kernels, see there; by a rule of the chip's memory if not given."""
+
+    decode: DecodeSizes
+    chunk: ChunkSizes
+
+
+def choose(q: jax.Array, pages: Pages, rows: Rows, kind: str | None = None) -> Choice:
+    """What `paged_attention` takes for such arrays (or shapes) on a kind of device, or on ours."""
+    kind = device_kind() if kind is None else kind
+    if not kind.startswith("TPU"):
+        return Choice("xla", f"there is no kernel for {kind}")
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return Choice("xla", f"the kernel computes in bfloat16 and float32, not {q.dtype}")
+    if q.shape[-1] % 16:
+        return Choice("xla", f"head_dim={q.shape[-1]} is no multiple of 16")
+    table = math.prod(rows.table.shape) * 4
+    if table > TABLE_BYTES:
+        shape = "x".join(map(str, rows.table.shape))
+        found = f"a table of {shape} pages takes {table >> 10} KiB of scalar memory"
+        return Choice("xla", f"{found}, {TABLE_BYTES >> 10} are there: take larger pages or fewer rows")
+    return Choice("pallas", "TPU kernel")
+
+
+def paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: Pages,
+    rows: Rows,
+    layer: jax.Array | int,
+    *,
+    scale: float,
+    window: jax.Array | int = 0,
+    softcap: float = 0.0,
+    implementation: str | None = None,
+    sizes: Sizes | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, Pages]:
+    """(attention [T, N, H] in the dtype of q, the pages with the new tokens, in place if donated).
+
+    q [T, N, H], k and v [T, K, H] of the new tokens of all rows, which `rows` describes; query head n
+    reads key head n // (N / K). A token sees its row's tokens up to itself, and if `window` is not 0
+    only those less than so many places before it. softcap: c tanh(s / c) of the scores, 0 = none.
+    Attention of padding is 0. layer: which of the pages' layers. layer, window: numbers or [] int32.
+    Where T = R every row has one new token, and only that is compiled.
+
+    Tokens are quantized to 8-bit pages here, each head's largest number to the largest that there is.
+
+    implementation: "pallas" (TPU), "xla", or None for `choose`. interpret: run the kernels on a CPU, for
+    tests. It cannot be differentiated by way of "pallas": training attends within the batch.
+
+    Raises ValueError for arrays that do not fit each other and for an implementation that cannot run.
+    """
+    _check(q, k, v, pages, rows, implementation)
+    if implementation is None:
+        implementation = choose(q, pages, rows).implementation
+    elif (
+        implementation == "pallas"
+        and not interpret
+        and choose(q, pages, rows).implementation != "pallas"
+    ):
+        reason = choose(q, pages, rows).reason
+        raise ValueError(f"implementation='pallas': {reason}; take 'xla' or None")
+    layer, window = jnp.asarray(layer, jnp.int32), jnp.asarray(window, jnp.int32)
+    window = jnp.where(window == 0, NO_WINDOW, window)
+    new, new_scales = quantize_tokens(jnp.stack([k, v], axis=1), pages.tokens.dtype)
+    new = new.reshape(q.shape[0], 2, -1)
+    if implementation == "xla":
+        return reference_paged_attention(
+            q, new, new_scales, pages, rows, layer, scale=scale, window=window, softcap=softcap
+        )
+    rule = chip_rule(interpret)
+    sizes = sizes or size_rule(rule, q, pages, rows)
+    how = {
+        "scale": scale,
+        "softcap": softcap,
+        "vmem_limit": rule.vmem_bytes * 3 // 4,
+        "interpret": interpret,
+    }
+    held = (pages.tokens,) if pages.scales is None else (pages.tokens, pages.scales)
+    given = (new,) if new_scales is None else (new, new_scales)
+    out, held = _decode(q, given, held, rows, layer, window, cores=rule.cores, sizes=sizes.decode, **how)
+    if q.shape[0] > rows.starts.shape[0]:
+        of_chunks = functools.partial(_chunks, cores=rule.cores, sizes=sizes.chunk, **how)
+        out, held = of_chunks(q, out, given, held, rows, layer, window)
+    return out, Pages(*held, *[None] * (2 - len(held)))
+
+
+def _decode(q, new, held, rows: Rows, layer, window, *, cores, **how):
+    """(attention [R, N, H] of the rows with one new token, 0 for others, pages)."""
+    count = rows.starts.shape[0]
+    page, lanes = held[0].shape[3:]
+    heads, dim = q.shape[1:]
+    kv_heads = lanes // dim
+    # Query heads in the order (g, k), so that the scales of key heads repeat.
+    q = q[:count].reshape(count, kv_heads, -1, dim).swapaxes(1, 2).reshape(count, heads, dim)
+    new = [x[:count] for x in new]
+    new[1:] = [spread_scales(x, page) for x in new[1:]]
+    single = jnp.arange(count) < rows.decodes
+    end = jnp.where(single, rows.lengths, 0)
+    first = jnp.maximum(end - window, 0)
+    out, *held = decode_attention(
+        q, tuple(new), held, layer, rows.table, first, end, end - 1, rows.decodes, cores=cores, **how
+    )
+    out = out.reshape(count, -1, kv_heads, dim).swapaxes(1, 2).reshape(count, heads, dim)
+    return jnp.where(single[:, None, None], out, 0), tuple(held)
+
+
+def _chunks(q, out, new, held, rows: Rows, layer, window, *, cores, sizes, scale, softcap, **how):
+    """(attention [T, N, H] of all rows, `out` that of those with one token; pages with the chunks)."""
+    count, heads, dim = q.shape
+    page, lanes = held[0].shape[3:]
+    kv_heads = lanes // dim
+    of_rows = (rows.table, rows.starts, rows.counts, rows.lengths, rows.decodes, rows.rows)
+    tokens = [new[0][:, 0], new[0][:, 1], *(_lane_padded(x.reshape(count, -1)) for x in new[1:])]
+    short = page + CHUNK_ALIGNMENT - count
+    if short > 0:
+        tokens = [jnp.pad(x, ((0, short), (0, 0))) for x in tokens]
+    held = write_pages(tuple(tokens), held, layer, *of_rows, kv_heads=kv_heads, cores=cores, **how)
+    cores = cores if lanes % (cores * LANES) == 0 and kv_heads % cores == 0 else 1
+    out = jnp.pad(out.reshape(out.shape[0], -1), ((0, count - out.shape[0]), (0, 0)))
+    out = chunk_attention(
+        q.reshape(count, -1),
+        out,
+        held,
+        layer,
+        *of_rows,
+        window,
+        heads=heads,
+        scale=scale,
+        softcap=softcap,
+        sizes=sizes,
+        cores=cores,
+        **how,
+    )
+    return out.reshape(q.shape), tuple(held)
+
+
+def _lane_padded(x: jax.Array) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES)))
+
+
+def quantize_tokens(x: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Array, jax.Array | None]:
+    """x [T, 2, K, H] -> (numbers of `dtype` in that of x, scales [T, 2, K] float32, None for floats).
+
+    A head's largest number becomes the largest that `dtype` has.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype not in EIGHT_BITS:
+        return x, None
+    wide = x.astype(jnp.float32)
+    largest = jnp.abs(wide).max(axis=-1)
+    scales = jnp.where(largest > 0, largest, 1.0) / EIGHT_BITS[dtype]
+    numbers = wide / scales[..., None]
+    if dtype == jnp.int8:
+        numbers = jnp.round(numbers)
+    return numbers.astype(dtype).astype(x.dtype), scales
+
+
+def size_rule(rule: ChipRule, q: jax.Array, pages: Pages, rows: Rows) -> Sizes:
+    """Blocks of 4 MiB of pages, which take longer to fetch than a DMA takes to begin, or of what there
+    is room for thrice; tiles of 512 queries or what there is room for.
+    """
+    _, _, _, page, lanes = pages.tokens.shape
+    count, heads, dim = q.shape
+    token = 2 * lanes * pages.tokens.dtype.itemsize
+    longest = max(LANES, page * rows.table.shape[1])
+    widened = 2 * lanes * q.dtype.itemsize if pages.scales is not None else 0
+    most = min(4 * MIB // token, rule.vmem_bytes // 5 // (token + widened))
+    at_once = _pages(min(max(most, LANES), 4096, longest), page)
+    at_once_of_chunk = _pages(min(512, longest), page)
+    block_q = min(512, max(LANES, 1 << (count - 1).bit_length()))
+    while (
+        block_q > LANES
+        and _chunk_vmem(block_q, at_once_of_chunk * page, q, token) > rule.vmem_bytes // 2
+    ):
+        block_q //= 2
+    return Sizes(DecodeSizes(at_once, 3), ChunkSizes(block_q, at_once_of_chunk, 3))
+
+
+def _pages(tokens: int, page: int) -> int:
+    """Pages of a block of at most so many tokens: a power of two of 128 tokens."""
+    return max(1, (1 << tokens.bit_length() - 1) // page)
+
+
+def _chunk_vmem(block_q: int, keys: int, q, token: int) -> int:
+    """Bytes of VMEM that `chunk_attention` allocates, spills not counted."""
+    _, heads, dim = q.shape
+    queries = block_q * heads * (3 * dim + -(-dim // LANES) * LANES) * q.dtype.itemsize
+    sums = block_q * heads * (dim + 16 + 8) * 4
+    return queries + sums + 2 * keys * block_q * 4 + 3 * keys * token
+
+
+def _check(q, k, v, pages: Pages, rows: Rows, implementation) -> None:
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation={implementation!r}: expected one of {IMPLEMENTATIONS} or None")
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape:
+        shapes = f"{q.shape}, {k.shape} and {v.shape}"
+        raise ValueError(f"q, k, v of {shapes}: expected [T, N, H], [T, K, H] twice")
+    if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q {q.shape} does not fit k {k.shape}: tokens, head_dim, or heads % kv_heads")
+    lanes = k.shape[1] * k.shape[2]
+    if pages.tokens.ndim != 5 or pages.tokens.shape[4] != lanes:
+        raise ValueError(
+            f"pages of {pages.tokens.shape}: expected [L, P, 2, Z, {lanes}] for k {k.shape}"
+        )
+    wanted = abstract_pages(*pages.tokens.shape[:2], pages.page_size, *k.shape[1:], pages.tokens.dtype)
+    found = [None if x is None else x.shape for x in (pages.scales, wanted.scales)]
+    if found[0] != found[1]:
+        raise ValueError(f"scales of {found[0]} beside {pages.tokens.dtype} pages: expected {found[1]}")
+    if rows.table.ndim != 2 or any(x.shape != rows.starts.shape for x in (rows.counts, rows.lengths)):
+        shapes = [x.shape for x in (rows.table, rows.starts, rows.counts, rows.lengths)]
+        raise ValueError(
+            f"rows' table, starts, counts, lengths of {shapes}: expected [R, M] and [R] thrice"
+        )
+    count, size = q.shape[0], rows.table.shape[0]
+    if size != rows.starts.shape[0] or count < size or (count > size and count % CHUNK_ALIGNMENT):
+        raise ValueError(
+            f"{count} tokens for {size} rows: expected as many tokens as rows, or a larger multiple of "
+            f"{CHUNK_ALIGNMENT}"
+        )
