@@ -1,0 +1,1 @@
+"""Activations times quantized weights, dequantized on the way."""
