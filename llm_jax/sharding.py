@@ -28,6 +28,7 @@ PARAMS: Rules = {
     "embed_out": None,  # second width of a square matrix
     "vocab": "tensor",
     "heads": "tensor",
+    "head_features": "tensor",  # heads and head_dim as one
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",

@@ -26,10 +26,8 @@ from llm_jax.ops.attention import (
     QUERY,
     ROWS,
     attention_mask,
-    causal_attention,
     dot_product_attention,
-    kernel_serves,
-    self_attention,
+    prompt_attention,
 )
 from llm_jax.sharding import COMPUTE, on_shards, shard, shardings
 from llm_jax.tree import PerLayer
@@ -49,7 +47,7 @@ class DenseCache:
     length: jax.Array  # [B] int32, tokens stored in each row
     windows: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # of each layer, 0 = full
 
-    def attend(self, layer, q, k, v, *, positions, window, causal, scale, softcap):
+    def attend(self, layer, q, k, v, *, positions, window, causal, scale, softcap, implementation):
         """See `AttentionContext`. New tokens are real (no padding) and positions consecutive."""
         run = partial(_attend_new, causal=causal, scale=scale, softcap=softcap)
         return self._apply(run, layer, q, k, v, positions, window)
@@ -67,9 +65,25 @@ class DenseCache:
         full, ring = jax.tree.map(pick, (self.full, self.ring))
         return dataclasses.replace(self, full=full, ring=ring, length=self.length[rows])
 
+    def take_within(self, parents: jax.Array) -> "DenseCache":
+        """The cache in which row k of group b was the group's row parents[b, k]; parents [B, K].
+
+        `take` gathers over the whole batch; here rows stay on their shard.
+        """
+        taken = jax.tree.map(lambda x: rows_within(x, max(x.ndim - 4, 0), parents), self)
+        return taken.constrained()
+
+    def prefill(self, lengths: jax.Array) -> "DensePrefill":
+        """This cache, empty, as the context of prompts of `lengths` [B] tokens."""
+        return DensePrefill(self, lengths)
+
+    def constrained(self) -> "DenseCache":
+        """With its sharding pinned, so that steps return what they were given."""
+        return jax.tree.map(lambda x: shard(x, *_axes(x)), self)
+
     def _apply(self, run, layer, q, k, v, *rest):
         """`run` on the pool and slot of this layer; returns the output and the changed cache."""
-        k, v = (_repeat_heads(x, self._heads) for x in (k, v))
+        k, v = (repeat_heads(x, self._heads) for x in (k, v))
         slots = layer_slots(self.windows)
 
         def on(name):
@@ -98,8 +112,9 @@ class DensePrefill:
     cache: DenseCache
     lengths: jax.Array  # [B] int32
 
-    def attend(self, layer, q, k, v, *, positions, window, causal, scale, softcap):
-        run = partial(_attend_prompt, causal=causal, scale=scale, softcap=softcap)
+    def attend(self, layer, q, k, v, *, positions, window, causal, scale, softcap, implementation):
+        options = {"causal": causal, "scale": scale, "softcap": softcap}
+        run = partial(_attend_prompt, implementation=implementation, **options)
         out, cache = self.cache._apply(run, layer, q, k, v, positions, window, self.lengths)
         return out, dataclasses.replace(self, cache=cache)
 
@@ -137,16 +152,24 @@ def init_dense(
     return jax.jit(zeros, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
 
 
-def abstract_dense(
-    config: ModelConfig, batch: int, size: int, mesh: Mesh, *, per_layer: bool = False
-) -> DenseCache:
-    """Shapes, dtypes and shardings of what `init_dense` allocates, for compiling ahead of time."""
+def ring_windows(config: ModelConfig, size: int) -> tuple[tuple[int, ...], int]:
+    """(the window of each layer that a ring holds, 0 = all its tokens are kept; that window's size).
+
+    Raises ValueError when windowed layers differ in their window.
+    """
     sizes = {w for w in config.layer_windows if w}
     if len(sizes) > 1:
         raise ValueError(f"windows={config.windows}: window layers must share one size in a cache")
     window = min(sizes, default=0)
     ringed = 0 < window < size  # a window that holds everything needs no ring
-    windows = tuple(w if ringed else 0 for w in config.layer_windows)
+    return tuple(w if ringed else 0 for w in config.layer_windows), window
+
+
+def abstract_dense(
+    config: ModelConfig, batch: int, size: int, mesh: Mesh, *, per_layer: bool = False
+) -> DenseCache:
+    """Shapes, dtypes and shardings of what `init_dense` allocates, for compiling ahead of time."""
+    windows, window = ring_windows(config, size)
     num_ring = sum(w > 0 for w in windows)
     heads, dtype = cached_heads(config, mesh), jnp.dtype(config.cache_dtype)
 
@@ -171,9 +194,12 @@ def abstract_dense(
     return jax.tree.map(place, abstract, where)
 
 
-def constrain(cache: DenseCache) -> DenseCache:
-    """The cache with its sharding pinned, so that steps return what they were given."""
-    return jax.tree.map(lambda x: shard(x, *_axes(x)), cache)
+def rows_within(x: jax.Array, axis: int, parents: jax.Array) -> jax.Array:
+    """x whose row k of group b, along `axis`, was the group's row parents[b, k]; parents [B, K]."""
+    grouped = x.reshape(*x.shape[:axis], parents.shape[0], -1, *x.shape[axis + 1 :])
+    pick = partial(jnp.take, axis=axis, mode="clip")
+    taken = jax.vmap(pick, in_axes=(axis, 0), out_axes=axis)(grouped, parents)
+    return taken.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
 
 def _axes(x: Any) -> tuple[str, ...]:
@@ -225,14 +251,14 @@ def _attend_new(
         index = jnp.where(positions > last - capacity, positions % capacity, capacity)
     k_pool, v_pool = (_write(p, slot, x, index, stacked) for p, x in ((k_pool, k), (v_pool, v)))
     if ring and q.shape[1] > 1:  # new tokens push out keys that their elders still see
-        held = _ring_positions(length[:, None] - 1, capacity)
+        held = ring_positions(length[:, None] - 1, capacity)
         keys = jnp.concatenate([old_k, k.astype(old_k.dtype).transpose(0, 2, 1, 3)], axis=2)
         values = jnp.concatenate([old_v, v.astype(old_v.dtype).transpose(0, 2, 1, 3)], axis=2)
         key_positions = jnp.concatenate([held, positions], axis=1)
     else:
         keys, values = (_layer(p, slot, stacked) for p in (k_pool, v_pool))
         everywhere = jnp.broadcast_to(jnp.arange(capacity)[None], (q.shape[0], capacity))
-        key_positions = _ring_positions(last, capacity) if ring else everywhere
+        key_positions = ring_positions(last, capacity) if ring else everywhere
     mask = attention_mask(positions, key_positions, window=window, causal=True)
     return attend(q, keys.astype(q.dtype), values.astype(q.dtype), mask), k_pool, v_pool
 
@@ -254,18 +280,14 @@ def _attend_prompt(
     causal,
     scale,
     softcap,
+    implementation,
 ):
     """Attend within the prompt and store it: all of it, or what the ring holds of it."""
     assert causal, "a cache serves causal models"
+    out = prompt_attention(q, k, v, positions, lengths, window, scale, softcap, implementation)
     keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))
-    if kernel_serves(q, k, window):  # padding comes after all tokens, which do not see it
-        out = self_attention(q, k, v, window, True, scale, softcap)
-    else:
-        key_positions = jnp.where(positions < lengths[:, None], positions, -1)
-        mask = attention_mask(positions, key_positions, window=window, causal=True)
-        out = causal_attention(q, keys, values, mask, scale=scale, softcap=softcap)
     if ring:
-        held = jnp.maximum(_ring_positions(lengths[:, None] - 1, k_pool.shape[-2]), 0)
+        held = jnp.maximum(ring_positions(lengths[:, None] - 1, k_pool.shape[-2]), 0)
         keys, values = (
             jnp.take_along_axis(x, held[:, None, :, None], axis=2, mode="clip") for x in (keys, values)
         )
@@ -273,7 +295,7 @@ def _attend_prompt(
     return out, k_pool, v_pool
 
 
-def _ring_positions(last: jax.Array, window: int) -> jax.Array:
+def ring_positions(last: jax.Array, window: int) -> jax.Array:
     """Position in each slot of a ring whose newest token is at `last` [B, 1] -> [B, W]; -1 = empty."""
     slots = jnp.arange(window)[None]
     return jnp.maximum(last - (last - slots) % window, -1)
@@ -301,6 +323,6 @@ def _store(pool, slot, new, stacked):
     return jax.lax.dynamic_update_slice(pool, new, where)
 
 
-def _repeat_heads(x: jax.Array, heads: int) -> jax.Array:
+def repeat_heads(x: jax.Array, heads: int) -> jax.Array:
     """[B, T, K, H] -> [B, T, heads, H], each head repeated as often as the cache needs."""
     return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)

@@ -93,6 +93,8 @@ class ModelConfig:
     # What a layer keeps for its backward pass, which computes the rest again: "none" = everything;
     # "dots" = the results of all products; "dots_no_batch" = of those with weights; "full" = its input
     remat: str = "none"
+    # "auto" = kernels on TPUs where they serve; "pallas" = those or an error; "xla" = none
+    attention: str = "auto"
     # Dtypes: "" = float32 on CPU, bfloat16 on TPU and GPU (see `with_dtypes`)
     param_dtype: str = ""
     compute_dtype: str = ""
@@ -109,6 +111,7 @@ class ModelConfig:
         choice("activation", self.activation, ("silu", "gelu", "gelu_tanh", "relu"))
         choice("head", self.head, ("lm", "masked_lm", "classifier", "embedding", "span"))
         choice("pooling", self.pooling, ("cls", "mean", "max", "last"))
+        choice("attention", self.attention, ("auto", "pallas", "xla"))
         choice("remat", self.remat, ("none", "dots", "dots_no_batch", "full"))
         for name in ("param_dtype", "compute_dtype", "cache_dtype"):
             choice(name, getattr(self, name), ("", "float32", "bfloat16", "float16"))

@@ -27,8 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llm_jax.cache import DenseCache, init_dense
-from llm_jax.cache.dense import constrain
+from llm_jax.cache import init_cache
 from llm_jax.infer.generate import CACHE_STEP, Compiled, Timing, check_lengths, pad_prompts
 from llm_jax.infer.steps import make_forward, make_prefill
 from llm_jax.models import Model, Params
@@ -108,7 +107,7 @@ def make_start(features: SamplingFeatures, early_stopping: bool | str) -> Callab
     def start(logits, cache, state, length_penalty):
         batch, beams = state.running.scores.shape
         logits = shard(jnp.repeat(logits, beams, axis=0), "batch", None)
-        cache = _take_beams(cache, jnp.zeros((batch, beams), jnp.int32))
+        cache = cache.take_within(jnp.zeros((batch, beams), jnp.int32))
         state, _ = _extend(logits, state, length_penalty, features, early_stopping)
         return state, cache
 
@@ -130,7 +129,7 @@ def make_search(model: Model, features: SamplingFeatures, early_stopping: bool |
             # Closed prompts stay where they are, or they could outgrow the cache.
             cache = cache.advance(-jnp.repeat(~state.open, beams).astype(jnp.int32))
             state, parents = _extend(logits, state, length_penalty, features, early_stopping)
-            return _take_beams(cache, parents), state
+            return cache.take_within(parents), state
 
         cache, state = jax.lax.while_loop(lambda carry: jnp.any(carry[1].open), step, (cache, state))
         return state, cache
@@ -216,23 +215,6 @@ def _gather(tree: Any, index: jax.Array) -> Any:
     return jax.tree.map(lambda x: jax.vmap(lambda row, i: row[i])(x, index), tree)
 
 
-def _take_beams(cache: DenseCache, parents: jax.Array) -> DenseCache:
-    """The cache in which beam k of prompt b was the prompt's beam parents[b, k]; parents [B, K].
-
-    `DenseCache.take` would do, but gathers over the whole batch; here rows stay on their shard.
-    """
-    batch = parents.shape[0]
-
-    def take(x):
-        axis = max(x.ndim - 4, 0)  # of the rows, in a pool as in the lengths
-        grouped = x.reshape(*x.shape[:axis], batch, -1, *x.shape[axis + 1 :])
-        pick = functools.partial(jnp.take, axis=axis, mode="clip")
-        taken = jax.vmap(pick, in_axes=(axis, 0), out_axes=axis)(grouped, parents)
-        return taken.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
-
-    return constrain(jax.tree.map(take, cache))
-
-
 def _continue_rows(sampling: SamplingState, parents: jax.Array, tokens: jax.Array) -> SamplingState:
     """The rows' history after beams `parents` were continued by `tokens`, both [B, K]."""
     counts = sampling.counts
@@ -283,7 +265,7 @@ def beam_search(
         penalty = whole(np.float32(options.length_penalty))
         longest = max(len(p) + s.max_new_tokens for p, s in zip(prompts, sampling, strict=True))
         size = _round_up(max(longest, tokens.shape[1]))
-        cache = init_dense(model.config, len(lengths), size, mesh, per_layer=per_layer)
+        cache = init_cache(model.config, len(lengths), size, mesh, per_layer=per_layer)
 
         args = (params, cache, put(tokens), put(lengths))
         prefill = compiled.get(make_prefill(model), timing, *args)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llm_jax.cache import init_dense
+from llm_jax.cache import init_cache
 from llm_jax.infer.steps import (
     DecodeState,
     Ticks,
@@ -148,7 +148,7 @@ def generate(
         longest = max(len(p) + s.max_new_tokens for p, s in zip(prompts, sampling, strict=True))
         size = -(-max(longest, tokens.shape[1]) // CACHE_STEP) * CACHE_STEP
         put = lambda x: jax.device_put(x, batch_sharding(mesh, x.shape))  # noqa: E731
-        cache = init_dense(model.config, len(lengths), size, mesh, per_layer=per_layer)
+        cache = init_cache(model.config, len(lengths), size, mesh, per_layer=per_layer)
         args = (params, cache, put(tokens), put(lengths))
         prefill = compiled.get(make_prefill(model), timing, *args)
 

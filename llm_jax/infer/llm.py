@@ -77,6 +77,7 @@ class LLM:
         mesh: a Mesh or a text like "data:1,tensor:8".
         dtype: of parameters and computation; "" = float32 on CPU, bfloat16 elsewhere.
         cache_dtype: of keys and values; "" = as dtype.
+        attention: "auto", "pallas" or "xla", see `ModelConfig.attention`.
         max_batch: rows generated at once; longer lists of prompts run in turns.
         steps_per_dispatch: tokens made on the device for one round trip to the host.
         seed: for requests that name none.
@@ -89,6 +90,7 @@ class LLM:
         mesh: Mesh | str = "",
         dtype: str = "",
         cache_dtype: str = "",
+        attention: str = "auto",
         max_batch: int = 32,
         steps_per_dispatch: int = 8,
         seed: int = 0,
@@ -101,7 +103,11 @@ class LLM:
                 "expected a causal language model"
             )
         config = dataclasses.replace(
-            config, param_dtype=dtype, compute_dtype=dtype, cache_dtype=cache_dtype or dtype
+            config,
+            param_dtype=dtype,
+            compute_dtype=dtype,
+            cache_dtype=cache_dtype or dtype,
+            attention=attention,
         )
         mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
         described = describe(config)

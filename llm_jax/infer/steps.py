@@ -19,8 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax.cache import DenseCache, DensePrefill
-from llm_jax.cache.dense import constrain
+from llm_jax.cache import Cache
 from llm_jax.models import Model
 from llm_jax.ops.sampling import Sampled, SamplingFeatures, SamplingState, sample
 from llm_jax.sharding import shard
@@ -62,9 +61,9 @@ def make_prefill(model: Model) -> Callable:
     def prefill(params, cache, tokens, lengths):
         net = model.bind(params)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        hidden, context = net(tokens, positions, DensePrefill(cache, lengths))
+        hidden, context = net(tokens, positions, cache.prefill(lengths))
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return shard(net.unembed(last), "batch", None), constrain(context.done())
+        return shard(net.unembed(last), "batch", None), context.done().constrained()
 
     return prefill
 
@@ -76,7 +75,7 @@ def make_forward(model: Model) -> Callable:
     @functools.partial(jax.jit, donate_argnames="cache")
     def forward(params, cache, tokens):
         logits, cache = _forward(model, params, cache, tokens)
-        return logits, constrain(cache.advance(1))
+        return logits, cache.advance(1).constrained()
 
     return forward
 
@@ -93,7 +92,7 @@ def make_start(features: SamplingFeatures, expand: bool) -> Callable:
     @functools.partial(jax.jit, donate_argnames=donated)
     def start(logits, cache, rows, state):
         if expand:
-            logits, cache = logits[rows], constrain(cache.take(rows))
+            logits, cache = logits[rows], cache.take(rows).constrained()
         ticks, state = _emit(logits, state, features)
         return ticks, _shard_state(state), cache
 
@@ -121,7 +120,7 @@ def make_decode(model: Model, features: SamplingFeatures, max_steps: int) -> Cal
         def step(carry):
             count, ticks, cache, state = carry
             logits, cache = _forward(model, params, cache, state.tokens)
-            cache = constrain(cache.advance(jnp.where(state.done, 0, 1)))
+            cache = cache.advance(jnp.where(state.done, 0, 1)).constrained()
             new, state = _emit(logits, state, features)
             ticks = jax.tree.map(lambda all_, one: all_.at[count].set(one[0]), ticks, _outputs(new))
             return count + 1, ticks, cache, _shard_state(state)
@@ -140,7 +139,7 @@ def make_decode(model: Model, features: SamplingFeatures, max_steps: int) -> Cal
     return decode
 
 
-def _forward(model: Model, params: Any, cache: DenseCache, tokens: jax.Array):
+def _forward(model: Model, params: Any, cache: Cache, tokens: jax.Array):
     """Logits [B, V] after one more token in every row; the cache is written, not yet advanced."""
     net = model.bind(params)
     hidden, cache = net(tokens[:, None], cache.length[:, None], cache)

@@ -79,12 +79,13 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         d, n, k, h = cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        self.causal, self.softcap = cfg.causal, cfg.attn_softcap
+        self.causal, self.softcap, self.implementation = cfg.causal, cfg.attn_softcap, cfg.attention
         self.scale = cfg.head_dim**-0.5 if cfg.attn_scale is None else cfg.attn_scale
         self.wq = weight(rngs, (n, h, d), ("heads", "head_dim", "embed"), ("embed",))
         self.wk = weight(rngs, (k, h, d), ("kv_heads", "head_dim", "embed"), ("embed",))
         self.wv = weight(rngs, (k, h, d), ("kv_heads", "head_dim", "embed"), ("embed",))
-        self.wo = weight(rngs, (d, n, h), ("embed", "heads", "head_dim"), ("heads", "head_dim"))
+        # One axis for heads and head_dim: TPUs would copy a weight of three to flatten it, every time.
+        self.wo = weight(rngs, (d, n * h), ("embed", "head_features"), ("head_features",))
         self.bq = vector(0.0, (n, h), ("heads", "head_dim")) if cfg.qkv_bias else None
         self.bk = vector(0.0, (k, h), ("kv_heads", "head_dim")) if cfg.qkv_bias else None
         self.bv = vector(0.0, (k, h), ("kv_heads", "head_dim")) if cfg.qkv_bias else None
@@ -118,9 +119,10 @@ class Attention(nnx.Module):
             causal=self.causal,
             scale=self.scale,
             softcap=self.softcap,
+            implementation=self.implementation,
         )
-        out = shard(out, "batch", "seq", "heads", None)
-        return add_bias(linear(out, self.wo, contract=2), self.bo), context
+        out = shard(out, "batch", "seq", "heads", None).reshape(*out.shape[:2], -1)
+        return add_bias(linear(out, self.wo), self.bo), context
 
 
 class MLP(nnx.Module):

@@ -39,10 +39,12 @@ class AttentionContext(Protocol):
         causal: bool,
         scale: float,
         softcap: float | None,
+        implementation: str,
     ) -> tuple[jax.Array, Self]:
         """q [B, T, N, H], k and v [B, T, K, H], positions [B, T] -> [B, T, N, H], context.
 
-        window: keys further back than window - 1 positions are hidden, 0 = none are.
+        window: keys further back than window - 1 positions are hidden, 0 = none are. implementation:
+        see `ModelConfig.attention`.
         """
         ...
 
@@ -116,13 +118,23 @@ def causal_attention(
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
-def kernel_serves(q: jax.Array, k: jax.Array, window: jax.Array | int) -> bool:
+def kernel_serves(q: jax.Array, k: jax.Array, window: jax.Array | int, implementation: str) -> bool:
     """Whether a kernel computes attention within a batch: q [B, T, N, H], k [B, T, K, H].
 
-    A window that differs between scanned layers is data, which the kernel does not take.
+    A window that differs between scanned layers is data, which the kernel does not take. Raises
+    ValueError where implementation is "pallas" and it cannot.
     """
+    if implementation == "xla":
+        return False
     heads_major = jax.ShapeDtypeStruct((k.shape[0], k.shape[2], k.shape[1], k.shape[3]), k.dtype)
-    return isinstance(window, int) and choose(q, heads_major).implementation == "pallas"
+    choice = choose(q, heads_major)
+    if implementation == "auto":
+        return isinstance(window, int) and choice.implementation == "pallas"
+    if not choice.possible:
+        raise ValueError(f"attention='pallas': {choice.reason}; take 'auto' or 'xla'")
+    if not isinstance(window, int):
+        raise ValueError("attention='pallas': windows differ between layers; take 'auto' or 'xla'")
+    return True
 
 
 def self_attention(q, k, v, window, causal, scale, softcap, **pairs) -> jax.Array:
@@ -130,6 +142,19 @@ def self_attention(q, k, v, window, causal, scale, softcap, **pairs) -> jax.Arra
     k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
     options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap or 0.0}
     return flash_attention(q, k, v, implementation="pallas", **options, **pairs)[0]
+
+
+def prompt_attention(q, k, v, positions, lengths, window, scale, softcap, implementation) -> jax.Array:
+    """Causal attention within right-padded prompts of `lengths` [B] tokens: q [B, T, N, H], k and v
+    [B, T, K, H] -> [B, T, N, H].
+    """
+    if kernel_serves(q, k, window, implementation):
+        # Padding comes after all tokens, which do not see it.
+        return self_attention(q, k, v, window, True, scale, softcap)
+    keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))
+    key_positions = jnp.where(positions < lengths[:, None], positions, -1)
+    mask = attention_mask(positions, key_positions, window=window, causal=True)
+    return causal_attention(q, keys, values, mask, scale=scale, softcap=softcap)
 
 
 @jax.tree_util.register_dataclass
@@ -143,8 +168,8 @@ class FullContext:
     segment_ids: jax.Array  # [B, T] int32
     dropout_key: jax.Array | None = None  # None = no dropout (evaluation)
 
-    def attend(self, layer, q, k, v, *, positions, window, causal, scale, softcap):
-        if kernel_serves(q, k, window):
+    def attend(self, layer, q, k, v, *, positions, window, causal, scale, softcap, implementation):
+        if kernel_serves(q, k, window, implementation):
             return self._by_kernel(q, k, v, positions, window, causal, scale, softcap), self
         mask = attention_mask(positions, positions, window=window, causal=causal)
         mask &= self.segment_ids[:, :, None] == self.segment_ids[:, None, :]

@@ -21,7 +21,7 @@ from flax import nnx
 class LowRank:
     """Stands where a weight [O, C] stood: that weight and a low-rank change, base + scale b a.
 
-    base [O, C], a [R, C], b [O, R]; O and C may be several axes, and all three may lead with layers.
+    base [O, C], a [R, C], b [O, R]; O may be several axes, and all three may lead with layers.
     (LoRA, Hu et al. 2021.) A product never forms the sum.
     """
 
@@ -36,16 +36,13 @@ def is_low_rank(leaf: Any) -> bool:
     return isinstance(leaf, LowRank)
 
 
-def linear(x: jax.Array, w: nnx.Param | jax.Array | LowRank, *, contract: int = 1) -> jax.Array:
-    """x [..., C], w [O, C] -> [..., O] in the dtype of x; C is the last `contract` axes, O the rest."""
+def linear(x: jax.Array, w: nnx.Param | jax.Array | LowRank) -> jax.Array:
+    """x [..., C], w [O, C] -> [..., O] in the dtype of x; O may be several axes."""
     w = w.get_value() if isinstance(w, nnx.Variable) else w
     if isinstance(w, LowRank):
-        inner = linear(x, w.a, contract=contract)
-        return linear(x, w.base, contract=contract) + jnp.asarray(w.scale, x.dtype) * linear(inner, w.b)
-    rows, inner = x.shape[: x.ndim - contract], x.shape[x.ndim - contract :]
-    out = w.shape[: w.ndim - contract]
-    assert w.shape[w.ndim - contract :] == inner, f"weight {w.shape} does not fit activation {x.shape}"
-    flat_x = x.reshape(math.prod(rows), math.prod(inner))
-    flat_w = w.astype(x.dtype).reshape(math.prod(out), math.prod(inner))
-    product = jax.lax.dot_general(flat_x, flat_w, (((1,), (1,)), ((), ())))
+        return linear(x, w.base) + jnp.asarray(w.scale, x.dtype) * linear(linear(x, w.a), w.b)
+    rows, inner, out = x.shape[:-1], x.shape[-1], w.shape[:-1]
+    assert w.shape[-1] == inner, f"weight {w.shape} does not fit activation {x.shape}"
+    flat_w = w.astype(x.dtype).reshape(math.prod(out), inner)
+    product = jax.lax.dot_general(x.reshape(-1, inner), flat_w, (((1,), (1,)), ((), ())))
     return product.reshape(*rows, *out)

@@ -332,7 +332,7 @@ class ScalarUnit:
         packed, plain = self.chip.product_cycles
         total = 0
         for bundle in bundles:
-            for kind in re.findall(r"= vmatmul\.8x128\.(\w+)", bundle):
+            for kind in re.findall(r"= vmatmul(?:\.packed)?(?:\.dwg)?\.8x128\.(\w+)", bundle):
                 total += plain if kind == "f32" else packed
         return -(-total // self.chip.mxus)
 

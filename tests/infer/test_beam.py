@@ -15,7 +15,6 @@ from llm_jax import LLM, SamplingParams  # noqa: E402
 from llm_jax.cache import init_dense  # noqa: E402
 from llm_jax.checkpoint.hf import load_config, load_generation_config, load_hf  # noqa: E402
 from llm_jax.data.tokenizer import ByteTokenizer  # noqa: E402
-from llm_jax.infer.beam import _take_beams  # noqa: E402
 from llm_jax.models import describe  # noqa: E402
 from llm_jax.sharding import make_mesh  # noqa: E402
 from tests import tiny  # noqa: E402
@@ -245,7 +244,8 @@ def test_reordering_stays_on_its_shard():
     ours, _ = models("llama", "data:2,fsdp:4")
     cache = init_dense(ours.model.config, 24, 64, ours.mesh)
     with jax.set_mesh(ours.mesh):
-        program = jax.jit(_take_beams).lower(cache, np.zeros((8, 3), np.int32)).compile()
+        move = jax.jit(lambda cache, parents: cache.take_within(parents))
+        program = move.lower(cache, np.zeros((8, 3), np.int32)).compile()
     text = program.as_text()
     assert not [op for op in ("all-gather", "all-reduce", "all-to-all") if f"{op}(" in text]
 

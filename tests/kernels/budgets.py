@@ -28,6 +28,37 @@ CASES = [
         }.items()
     ),
     *(
+        (f"{kernel}/{name}/{chip}", kernel, ONE[chip], options)
+        for chip in ONE
+        for kernel, name, options in (
+            ("paged_attention", "page128", {}),
+            ("paged_attention", "page16", {"page": 16}),
+            ("paged_attention", "int8", {"dtype": "int8"}),
+            ("paged_attention", "chunk", {"shape": "16x32x8x2048x128", "chunk": 256}),
+            ("quantized_matmul", "int8", {}),
+            ("quantized_matmul", "int4", {"weights": "int4"}),
+            ("grouped_matmul", "forward", {}),
+        )
+    ),
+    *(
+        (f"{kernel}/{name}/{chip}", kernel, ONE[chip], options)
+        for chip in ("v5e", "tpu7x")
+        for kernel, name, options in (
+            ("paged_attention", "fp8", {"dtype": "float8_e4m3fn"}),
+            ("paged_attention", "int8-page16", {"dtype": "int8", "page": 16}),
+            ("paged_attention", "dim64", {"shape": "32x12x12x1024x64", "page": 16}),
+            ("paged_attention", "dim80", {"shape": "16x32x32x1024x80", "page": 16}),
+            ("paged_attention", "dim96", {"shape": "16x32x8x1024x96"}),
+            ("paged_attention", "dim256", {"shape": "16x8x4x1024x256"}),
+            ("paged_attention", "heads16", {"shape": "32x16x1x4096x128"}),
+            ("paged_attention", "chunk-dim80", {"shape": "16x8x8x512x80", "chunk": 128}),
+            ("quantized_matmul", "fp8", {"weights": "float8_e4m3fn"}),
+            ("grouped_matmul", "gradient-x", {"direction": "x"}),
+            ("grouped_matmul", "gradient-w", {"direction": "w"}),
+            ("grouped_matmul", "decode", {"shape": "128x256x2048x768"}),
+        )
+    ),
+    *(
         (f"forward/{name}/v6e", "flash_attention", ONE["v6e"], options)
         for name, options in {
             "dim80": {"shape": "1x8x8x2048x80"},

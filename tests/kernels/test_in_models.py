@@ -54,6 +54,7 @@ def test_attention_within_a_batch_and_its_gradient(on_tpu, mesh):
         def loss(q, k, v):
             context = FullContext(jnp.asarray(segments))
             options = {"window": 0, "causal": True, "scale": 0.25, "softcap": None}
+            options |= {"implementation": "auto"}
             out, _ = context.attend(0, q, k, v, positions=positions, **options)
             return jnp.sum(out * weights), out
 
@@ -97,12 +98,16 @@ def test_prompts(on_tpu, mesh):
                 )
 
 
-def test_a_window_that_differs_between_layers_is_not_served():
-    q, k = jnp.zeros((1, 256, 4, 64)), jnp.zeros((1, 256, 2, 64))
-    assert not attention.kernel_serves(q, k, 0), "no kernel on this machine"
-    shapes = (
-        jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),
-        jax.ShapeDtypeStruct((1, 2, 256, 64), jnp.bfloat16),
-    )
-    assert attention.choose(*shapes, kind="TPU v5e").implementation == "pallas"
-    assert not attention.kernel_serves(q, k, jnp.int32(0))
+def test_the_choice_of_an_implementation(monkeypatch):
+    q, k = (jax.ShapeDtypeStruct((1, 256, n, 64), jnp.bfloat16) for n in (4, 2))
+    short = jax.ShapeDtypeStruct((1, 40, 4, 64), jnp.bfloat16)
+    serves = attention.kernel_serves
+    assert not serves(q, k, 0, "auto"), "no kernel on this machine"
+    with pytest.raises(ValueError, match="attention='pallas': there is no kernel for cpu"):
+        serves(q, k, 0, "pallas")
+    monkeypatch.setattr(attention, "choose", functools.partial(attention.choose, kind="TPU v5e"))
+    assert serves(q, k, 0, "auto") and serves(q, k, 0, "pallas") and not serves(q, k, 0, "xla")
+    assert not serves(short, k, 0, "auto") and serves(short, k, 0, "pallas")
+    assert not serves(q, k, jnp.int32(0), "auto")
+    with pytest.raises(ValueError, match="windows differ between layers"):
+        serves(q, k, jnp.int32(0), "pallas")

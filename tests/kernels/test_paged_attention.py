@@ -20,7 +20,7 @@ from llm_jax.kernels.paged_attention.api import (
 from llm_jax.kernels.paged_attention.scales import scale_places, scale_rows
 from llm_jax.kernels.paged_attention.tpu_chunk import ChunkSizes
 from llm_jax.kernels.paged_attention.tpu_decode import DecodeSizes
-from llm_jax.kernels.paged_attention.types import EIGHT_BITS, Pages, Rows, abstract_pages, init_pages
+from llm_jax.kernels.paged_attention.types import Pages, Rows, abstract_pages, init_pages
 from llm_jax.tpu.races import run_checked
 
 SLOW = pytest.mark.slow
@@ -184,8 +184,11 @@ def test_a_window_and_a_soft_cap(implementation):
     compare(*MIXES["both"], window=20, softcap=2.0, implementation=implementation)
 
 
-@pytest.mark.parametrize("dtype", EIGHT_BITS, ids=str)
-@pytest.mark.parametrize("page", [16, 32, 128, 256])
+@pytest.mark.parametrize(
+    ("dtype", "page"),
+    [(jnp.int8, 16), (jnp.float8_e4m3fn, 32), (jnp.float8_e5m2, 128), (jnp.int8, 256)],
+    ids=str,
+)
 @pytest.mark.slow
 def test_pages_of_eight_bits(dtype, page):
     pages = max(1, 128 // page)
@@ -288,7 +291,7 @@ def test_blocks_fit_the_memory_of_every_chip(kind, shape):
     rows, count, _ = batch([1] * 4 + [1000], [5000] * 5, 16)
     pages = abstract_pages(1, 10_000, 16, kv_heads, dim, jnp.bfloat16)
     q = jax.ShapeDtypeStruct((count, heads, dim), jnp.bfloat16)
-    found = size_rule(RULES[kind], q, pages, rows)
+    found = size_rule(RULES[kind], q, pages, rows.table.shape[1])
     assert found.decode.pages_at_once * 16 % 128 == 0 and found.chunk.block_q % 128 == 0
     block = found.decode.pages_at_once * 16 * 2 * kv_heads * dim * 2
     assert found.decode.buffers * block <= RULES[kind].vmem_bytes * 5 // 8

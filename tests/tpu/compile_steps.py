@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from llm_jax.cache.dense import abstract_dense
+from llm_jax.cache import abstract_cache
 from llm_jax.config import ModelConfig, OptimConfig
 from llm_jax.infer.steps import DecodeState, make_decode, make_prefill
 from llm_jax.models import describe
@@ -67,7 +67,7 @@ def lowered(config: ModelConfig, mesh):
     """(step, what to compile) of one model."""
     model, whole = describe(config), replicated(mesh)
     params = jax.tree.map(_placed, model.shapes, model.shardings(mesh))
-    cache = abstract_dense(model.config, BATCH, CACHE, mesh)
+    cache = abstract_cache(model.config, BATCH, CACHE, mesh)
     rows = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, shape))  # noqa: E731
     with jax.set_mesh(mesh):
         tokens, lengths = rows((BATCH, PROMPT)), rows((BATCH,))

@@ -10,7 +10,6 @@ import pytest
 
 from llm_jax.tpu.chips import CHIPS
 from llm_jax.tpu.compile import CompileError, compile_for
-from llm_jax.tpu.profile import profile_program
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = Path(__file__).with_name("lab_cases.py")
@@ -19,27 +18,6 @@ ONE = {"v4": "1x1x1", "v5e": "1x1", "v5p": "1x1x1", "v6e": "1x1", "tpu7x": "1x1x
 TOPOLOGIES = [f"{name}:{shape}" for name, shape in ONE.items()]
 MATMUL, XLA = "llm_jax.tpu.examples:matmul", "llm_jax.tpu.examples:xla_matmul"
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory):
-    """(target, topology, **arguments) -> the report, compiled once in this run."""
-    cache = tmp_path_factory.mktemp("programs")
-    try:
-        program = compile_for(
-            MATMUL, "v5e:1x1", {"size": 256, "bm": 128, "bk": 128, "bn": 128}, cache=cache
-        )
-        program.text("assembly.txt")
-    except CompileError:
-        raise
-    except ValueError as error:  # no libtpu, or one that does not print its machine code
-        pytest.skip(str(error))
-
-    def report(target, topology, **arguments):
-        return profile_program(compile_for(target, topology, arguments, cache=cache))
-
-    report.cache = cache
-    return report
 
 
 def test_a_well_tiled_product_costs_what_xla_says_of_its_own(lab):

@@ -139,8 +139,9 @@ def test_a_shared_grid_has_half_of_the_bandwidth():
     assert shared.cycles - latency == pytest.approx(2 * (alone.cycles - latency), rel=1e-3)
 
 
-def test_products_hold_the_matrix_units():
-    _, result = run(*["(mrf0) = vmatmul.8x128.bf16 v1"] * 8)
+@pytest.mark.parametrize("name", ["8x128.bf16", "packed.8x128.f16", "packed.dwg.8x128.f16"])
+def test_products_hold_the_matrix_units(name):
+    _, result = run(*[f"(mrf0) = vmatmul.{name} v1"] * 8)
     assert result.mxu_cycles == 8 * 16 / 4  # four units share them
     assert result.cycles == 32
     assert result.mxu_wait == 24

@@ -12,21 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.kernels.chips import ChipRule, chip_rule, device_kind
+from llm_jax.kernels.choice import Choice
 from llm_jax.kernels.flash_attention.plan import fetched, plan_by_ids, plan_by_index
 from llm_jax.kernels.flash_attention.reference import reference_attention
 from llm_jax.kernels.flash_attention.tpu import HIDDEN, LANES, Blocks, flash_forward, heads_at_once
 from llm_jax.kernels.flash_attention.tpu_backward import flash_backward
+from llm_jax.kernels.tuning import bucket, table_key, tuned
 
 SUBLANES = 8
 IMPLEMENTATIONS = ("pallas", "xla")
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """Which implementation runs, and why."""
-
-    implementation: str
-    reason: str
 
 
 def choose(q: jax.Array, k: jax.Array, kind: str | None = None) -> Choice:
@@ -40,8 +34,8 @@ def choose(q: jax.Array, k: jax.Array, kind: str | None = None) -> Choice:
         return Choice("xla", f"head_dim={q.shape[-1]} is no multiple of 16")
     if q.shape[1] < LANES or k.shape[2] < LANES:
         sizes = f"{q.shape[1]} queries and {k.shape[2]} keys"
-        return Choice("xla", f"{sizes}: below {LANES} the kernel would mostly compute padding")
-    return Choice("pallas", "TPU kernel")
+        return Choice("xla", f"{sizes}: below {LANES} the kernel would mostly compute padding", True)
+    return Choice("pallas", "TPU kernel", True)
 
 
 def flash_attention(
@@ -68,9 +62,9 @@ def flash_attention(
     `causal`, and less than `window` places from it if that is not 0. softcap: c tanh(s / c) of the
     scores, 0 = none. A query that sees nothing has attention 0 and a very negative logarithm.
 
-    implementation: "pallas" (TPU), "xla", or None for `choose`. blocks: of the TPU kernel; by a rule of
-    the chip's memory if not given. interpret: run the kernel on a CPU, for tests. Both results may be
-    differentiated.
+    implementation: "pallas" (TPU), "xla", or None for `choose`. blocks: of the TPU kernel; tuned ones
+    or by a rule of the chip's memory if not given. interpret: run the kernel on a CPU, for tests. Both
+    results may be differentiated.
 
     Raises ValueError for arrays that do not fit each other and for an implementation that cannot run.
     """
@@ -80,7 +74,7 @@ def flash_attention(
     if implementation == "xla":
         mask = _mask(q, k, causal, window, offset, positions, segments)
         return reference_attention(q, k, v, mask, scale=scale, softcap=softcap)
-    if implementation == "pallas" and not interpret and choose(q, k).implementation != "pallas":
+    if implementation == "pallas" and not interpret and not choose(q, k).possible:
         raise ValueError(f"implementation='pallas': {choose(q, k).reason}; take 'xla' or None")
     return _pallas(
         q, k, v, scale, causal, window, softcap, offset, positions, segments, blocks, interpret
@@ -90,13 +84,16 @@ def flash_attention(
 def _pallas(q, k, v, scale, causal, window, softcap, offset, positions, segments, blocks, interpret):
     (batch, queries, heads, dim), (_, kv_heads, keys, _) = q.shape, k.shape
     rule, groups = chip_rule(interpret), heads_at_once(heads // kv_heads)
+    plain = positions is None and segments is None and not window
+    if blocks is None and plain and causal and not softcap and queries == keys:
+        key = blocks_key(q.dtype, groups, dim, queries)
+        blocks = tuned("flash_attention", rule.name, key, Blocks)
     if blocks is None:
         blocks = block_rule(rule, groups, dim, q.dtype.itemsize)
     blocks = blocks.fitted(queries, keys)
     # Of one sequence beside itself, everything is known by index; else by positions and segments.
     aligned = blocks.block_q % blocks.block_k == 0 and offset % blocks.block_k == 0
     covered = keys == _up(keys, blocks.block_k) or (causal and offset + queries <= keys)
-    plain = positions is None and segments is None and not window
     q, k, v = _pad(q, 1, blocks.block_q), _pad(k, 2, blocks.block_k), _pad(v, 2, blocks.block_k)
     ids: tuple[jax.Array, ...] = ()
     if plain and covered and (aligned or not causal):
@@ -180,6 +177,11 @@ def _attend_backward(spec, ones, saved, grads):
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def blocks_key(dtype: jax.typing.DTypeLike, groups: int, dim: int, tokens: int) -> str:
+    """Of the table of tuned blocks, for causal attention of a sequence to itself without a soft cap."""
+    return table_key(dtype, groups=groups, dim=dim, tokens=bucket(tokens))
 
 
 def block_rule(rule: ChipRule, groups: int, dim: int, itemsize: int) -> Blocks:

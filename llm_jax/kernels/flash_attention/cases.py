@@ -1,14 +1,18 @@
 """Flash attention at shapes of models: `python scripts/kernel_report.py --kernel=flash_attention`."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.kernels.cases import KernelCase, sizes
-from llm_jax.kernels.flash_attention.api import flash_attention
-from llm_jax.kernels.flash_attention.tpu import Blocks
+from llm_jax.kernels.chips import ChipRule
+from llm_jax.kernels.flash_attention.api import block_rule, blocks_key, flash_attention
+from llm_jax.kernels.flash_attention.tpu import LANES, Blocks, heads_at_once
+from llm_jax.kernels.tuning import Tuning, distinct
 
 
 def case(
@@ -28,7 +32,7 @@ def case(
     packed.
 
     gradient: forward and backward together, which need two and five products of the size of the scores.
-    block_q and the other sizes: see `tpu.Blocks`; 0 = by the rule of the chip. Operations are counted
+    block_q and the other sizes: see `tpu.Blocks`; 0 = tuned or by the rule. Operations are counted
     for what a query sees of a plain or causal mask.
     """
     batch, heads, kv_heads, tokens, dim = sizes(shape, "BNKTH")
@@ -73,3 +77,33 @@ def _with_gradient(function):
         return back((out, jnp.zeros((out.shape[0], out.shape[2], out.shape[1]), jnp.float32)))
 
     return gradients
+
+
+TUNED: tuple[dict[str, Any], ...] = tuple(
+    {"shape": shape}
+    for shape in (
+        "1x32x8x4096x128",  # Llama-3-8B, Qwen3-4B and -8B; likewise one of eight chips
+        "1x16x8x4096x128",  # Qwen3-0.6B and -1.7B
+        "1x12x12x1024x64",  # GPT-2
+        "1x8x4x4096x256",  # Gemma-2-2B
+    )
+)
+
+
+def tuning(rule: ChipRule, shape: str, dtype: str = "bfloat16") -> Tuning:
+    """Blocks to try, of a causal `case`; the gradient, which takes the same, must not get slower."""
+    _, heads, kv_heads, tokens, dim = sizes(shape, "BNKTH")
+    groups = heads_at_once(heads // kv_heads)
+    q, k, tile, diagonal = dataclasses.astuple(
+        block_rule(rule, groups, dim, jnp.dtype(dtype).itemsize).fitted(tokens, tokens)
+    )
+    tried = [
+        Blocks(q, k, tile, diagonal),
+        Blocks(q, k, tile, max(diagonal // 2, LANES)),
+        Blocks(q, k, max(tile // 2, LANES), max(diagonal // 2, LANES)),
+        Blocks(q, max(k // 2, LANES), tile, diagonal),
+        Blocks(max(q // 2, LANES), k, tile, diagonal),
+    ]
+    candidates = distinct([dataclasses.asdict(b.fitted(tokens, tokens)) for b in tried])
+    key = blocks_key(dtype, groups, dim, tokens)
+    return Tuning(key, {"shape": shape, "dtype": dtype}, candidates, ({"gradient": True},))

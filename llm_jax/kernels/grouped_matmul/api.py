@@ -11,20 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from llm_jax.kernels.chips import RULES, ChipRule, chip_rule, device_kind
+from llm_jax.kernels.choice import Choice
 from llm_jax.kernels.grouped_matmul.plan import UNIT
 from llm_jax.kernels.grouped_matmul.rules import product_blocks, vmem_limit, weight_blocks
 from llm_jax.kernels.grouped_matmul.tpu import LANES, Blocks, grouped_product
 from llm_jax.kernels.grouped_matmul.tpu_weights import WeightBlocks, weights_gradient
 
 IMPLEMENTATIONS = ("pallas", "xla")
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """Which implementation runs, and why."""
-
-    implementation: str
-    reason: str
 
 
 def choose(x: jax.Array, w: jax.Array, kind: str | None = None) -> Choice:

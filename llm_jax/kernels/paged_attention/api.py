@@ -5,17 +5,18 @@ M pages of a row.
 """
 
 import dataclasses
-import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from llm_jax.kernels.chips import ChipRule, chip_rule, device_kind
+from llm_jax.kernels.choice import Choice
 from llm_jax.kernels.paged_attention.reference import reference_paged_attention
 from llm_jax.kernels.paged_attention.scales import LANES, spread_scales
 from llm_jax.kernels.paged_attention.tpu_chunk import ChunkSizes, chunk_attention
-from llm_jax.kernels.paged_attention.tpu_decode import DecodeSizes, decode_attention
+from llm_jax.kernels.paged_attention.tpu_decode import DecodeSizes, InOrder, decode_attention
 from llm_jax.kernels.paged_attention.tpu_write import write_pages
 from llm_jax.kernels.paged_attention.types import (
     CHUNK_ALIGNMENT,
@@ -24,19 +25,12 @@ from llm_jax.kernels.paged_attention.types import (
     Rows,
     abstract_pages,
 )
+from llm_jax.kernels.tuning import bucket, table_key, tuned
 
 IMPLEMENTATIONS = ("pallas", "xla")
 MIB = 1 << 20
 NO_WINDOW = 1 << 30
 TABLE_BYTES = 512 << 10  # of the memory that a core's scalar unit has
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """Which implementation runs, and why."""
-
-    implementation: str
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,47 +100,100 @@ def paged_attention(
         raise ValueError(f"implementation='pallas': {reason}; take 'xla' or None")
     layer, window = jnp.asarray(layer, jnp.int32), jnp.asarray(window, jnp.int32)
     window = jnp.where(window == 0, NO_WINDOW, window)
-    new, new_scales = quantize_tokens(jnp.stack([k, v], axis=1), pages.tokens.dtype)
-    new = new.reshape(q.shape[0], 2, -1)
+    new, new_scales = _new(k, v, pages)
     if implementation == "xla":
         return reference_paged_attention(
             q, new, new_scales, pages, rows, layer, scale=scale, window=window, softcap=softcap
         )
     rule = chip_rule(interpret)
-    sizes = sizes or size_rule(rule, q, pages, rows)
-    how = {
-        "scale": scale,
-        "softcap": softcap,
-        "vmem_limit": rule.vmem_bytes * 3 // 4,
-        "interpret": interpret,
-    }
-    held = (pages.tokens,) if pages.scales is None else (pages.tokens, pages.scales)
+    sizes = sizes or _sizes(rule, q, pages, rows.starts.shape[0], rows.table.shape[1])
+    how = _options(rule, scale, softcap, interpret)
+    held = _arrays(pages)
     given = (new,) if new_scales is None else (new, new_scales)
-    out, held = _decode(q, given, held, rows, layer, window, cores=rule.cores, sizes=sizes.decode, **how)
-    if q.shape[0] > rows.starts.shape[0]:
-        of_chunks = functools.partial(_chunks, cores=rule.cores, sizes=sizes.chunk, **how)
-        out, held = of_chunks(q, out, given, held, rows, layer, window)
+    count = rows.starts.shape[0]
+    single = jnp.arange(count) < rows.decodes
+    end = jnp.where(single, rows.lengths, 0)
+    places = (rows.table, jnp.maximum(end - window, 0), end, end - 1)
+    new = [x[:count] for x in given]
+    how_many = {"rows": rows.decodes, "sizes": sizes.decode}
+    out, held = _decode(q[:count], new, held, layer, places, **how_many, **how)
+    out = jnp.where(single[:, None, None], out, 0)
+    if q.shape[0] > count:
+        out, held = _chunks(q, out, given, held, rows, layer, window, sizes=sizes.chunk, **how)
     return out, Pages(*held, *[None] * (2 - len(held)))
 
 
-def _decode(q, new, held, rows: Rows, layer, window, *, cores, **how):
-    """(attention [R, N, H] of the rows with one new token, 0 for others, pages)."""
-    count = rows.starts.shape[0]
+def contiguous_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: Pages,
+    layer: jax.Array | int,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    window: jax.Array | int = 0,
+    ring: bool = False,
+    softcap: float = 0.0,
+    interpret: bool = False,
+) -> tuple[jax.Array, Pages]:
+    """`paged_attention` of one new token a row, by the TPU kernel, to rows whose pages are in order.
+
+    q [R, N, H], k and v [R, K, H]; pages of L layers with R M pages, row r's from r M on; lengths [R]
+    int32, of rows without the new token, less than M Z. ring: pages hold a row's last M Z tokens, the
+    new one in place of the oldest, and lengths are any. The rest as there.
+    """
+    count, rule = q.shape[0], chip_rule(interpret)
+    new, new_scales = _new(k, v, pages)
+    given = [new] if new_scales is None else [new, new_scales]
+    order = InOrder(pages.tokens.shape[1] // count, ring)
+    window = jnp.asarray(window, jnp.int32)
+    out, held = _decode(
+        q,
+        given,
+        _arrays(pages),
+        jnp.asarray(layer, jnp.int32),
+        (lengths,),
+        rows=count,
+        window=jnp.where(window == 0, NO_WINDOW, window),
+        order=order,
+        sizes=_sizes(rule, q, pages, count, order.pages).decode,
+        **_options(rule, scale, softcap, interpret),
+    )
+    return out, Pages(*held, *[None] * (2 - len(held)))
+
+
+def _new(k, v, pages: Pages) -> tuple[jax.Array, jax.Array | None]:
+    """New tokens as pages hold them, [T, 2, K H], and their scales [T, 2, K]."""
+    new, scales = quantize_tokens(jnp.stack([k, v], axis=1), pages.tokens.dtype)
+    return new.reshape(k.shape[0], 2, -1), scales
+
+
+def _arrays(pages: Pages) -> tuple[jax.Array, ...]:
+    return (pages.tokens,) if pages.scales is None else (pages.tokens, pages.scales)
+
+
+def _options(rule: ChipRule, scale, softcap, interpret) -> dict[str, Any]:
+    limit = rule.vmem_bytes * 3 // 4
+    return {
+        "scale": scale,
+        "softcap": softcap,
+        "cores": rule.cores,
+        "vmem_limit": limit,
+        "interpret": interpret,
+    }
+
+
+def _decode(q, new, held, layer, places, **how):
+    """(attention [R, N, H] of rows with one new token, pages)."""
     page, lanes = held[0].shape[3:]
-    heads, dim = q.shape[1:]
+    count, heads, dim = q.shape
     kv_heads = lanes // dim
     # Query heads in the order (g, k), so that the scales of key heads repeat.
-    q = q[:count].reshape(count, kv_heads, -1, dim).swapaxes(1, 2).reshape(count, heads, dim)
-    new = [x[:count] for x in new]
-    new[1:] = [spread_scales(x, page) for x in new[1:]]
-    single = jnp.arange(count) < rows.decodes
-    end = jnp.where(single, rows.lengths, 0)
-    first = jnp.maximum(end - window, 0)
-    out, *held = decode_attention(
-        q, tuple(new), held, layer, rows.table, first, end, end - 1, rows.decodes, cores=cores, **how
-    )
-    out = out.reshape(count, -1, kv_heads, dim).swapaxes(1, 2).reshape(count, heads, dim)
-    return jnp.where(single[:, None, None], out, 0), tuple(held)
+    q = q.reshape(count, kv_heads, -1, dim).swapaxes(1, 2).reshape(count, heads, dim)
+    new = (new[0], *(spread_scales(x, page) for x in new[1:]))
+    out, *held = decode_attention(q, new, held, layer, places, **how)
+    return out.reshape(count, -1, kv_heads, dim).swapaxes(1, 2).reshape(count, heads, dim), tuple(held)
 
 
 def _chunks(q, out, new, held, rows: Rows, layer, window, *, cores, sizes, scale, softcap, **how):
@@ -200,14 +247,30 @@ def quantize_tokens(x: jax.Array, dtype: jax.typing.DTypeLike) -> tuple[jax.Arra
     return numbers.astype(dtype).astype(x.dtype), scales
 
 
-def size_rule(rule: ChipRule, q: jax.Array, pages: Pages, rows: Rows) -> Sizes:
+def _sizes(rule: ChipRule, q: jax.Array, pages: Pages, rows: int, pages_of_row: int) -> Sizes:
+    """Tuned ones, of rows with one new token, or by the rule."""
+    sizes = size_rule(rule, q, pages, pages_of_row)
+    key = decode_key(q, pages, rows, pages_of_row)
+    found = tuned("paged_attention", rule.name, key, DecodeSizes)
+    return sizes if found is None else dataclasses.replace(sizes, decode=found)
+
+
+def decode_key(q: jax.Array, pages: Pages, rows: int, pages_of_row: int) -> str:
+    """Of the table of tuned sizes, for rows with one new token."""
+    (_, heads, dim), (page, lanes) = q.shape, pages.tokens.shape[3:]
+    tokens = bucket(page * pages_of_row)
+    sizes = {"heads": heads, "kv_heads": lanes // dim, "dim": dim, "page": page}
+    return table_key(q.dtype, pages.tokens.dtype, **sizes, rows=bucket(rows), tokens=tokens)
+
+
+def size_rule(rule: ChipRule, q: jax.Array, pages: Pages, pages_of_row: int) -> Sizes:
     """Blocks of 4 MiB of pages, which take longer to fetch than a DMA takes to begin, or of what there
     is room for thrice; tiles of 512 queries or what there is room for.
     """
     _, _, _, page, lanes = pages.tokens.shape
     count, heads, dim = q.shape
     token = 2 * lanes * pages.tokens.dtype.itemsize
-    longest = max(LANES, page * rows.table.shape[1])
+    longest = max(LANES, page * pages_of_row)
     widened = 2 * lanes * q.dtype.itemsize if pages.scales is not None else 0
     most = min(4 * MIB // token, rule.vmem_bytes // 5 // (token + widened))
     at_once = _pages(min(max(most, LANES), 4096, longest), page)

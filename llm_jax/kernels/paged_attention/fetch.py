@@ -1,5 +1,6 @@
 """Blocks of several pages on their way from HBM to VMEM, some ahead of the one that is computed with."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ class Fetcher(NamedTuple):
     """
 
     layer: jax.Array
-    table: Any  # [R, M] in SMEM
+    page_of: Callable[[Any, Any], Any]  # (row, which of its pages) -> number of the page
     pages: tuple[Any, ...]
     blocks: tuple[Any, ...]
     done: Any
@@ -34,7 +35,7 @@ class Fetcher(NamedTuple):
         """Starts fetching the first `there` pages of a block of a row."""
 
         def one(i):
-            page = self.table[row, block * self.at_once + i]
+            page = self.page_of(row, block * self.at_once + i)
             for part, (source, target) in enumerate(zip(self.pages, self.blocks, strict=True)):
                 source = source.at[self.layer, page]
                 if not part and self.lanes is not None:

@@ -145,7 +145,9 @@ def _kernel(scalars, table, starts, counts, lengths, q, _, *rest, parts, factor,
     refs = _Refs(q, out, *rest[2 * parts + 2 :])
     core, first, rows, window = pl.program_id(0), scalars[1], scalars[2], scalars[3]
     lanes = blocks[0].shape[4]
-    fetcher = Fetcher(scalars[0], table, pages, blocks, done, _lanes(core, lanes) if cores > 1 else None)
+    own_lanes = _lanes(core, lanes) if cores > 1 else None
+    page_of = lambda row, index: table[row, index]  # noqa: E731
+    fetcher = Fetcher(scalars[0], page_of, pages, blocks, done, own_lanes)
     own, block_q, dim = refs.scaled.shape
     at_once = LANES // math.gcd(LANES, dim)
     kv_heads = lanes // dim

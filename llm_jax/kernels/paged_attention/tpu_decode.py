@@ -37,14 +37,59 @@ class DecodeSizes(NamedTuple):
     buffers: int
 
 
-class _Refs(NamedTuple):
-    """Scalars in SMEM, the rest in VMEM. Of pages and what goes to them there are two where they have
-    scales.
-    """
+class InOrder(NamedTuple):
+    """Rows whose pages follow each other, row by row: M = `pages` each. ring: of the last M Z tokens."""
 
-    first: Any  # [R]
-    end: Any  # [R]
-    slot: Any  # [R]
+    pages: int
+    ring: bool
+
+
+class _Listed(NamedTuple):
+    """Where rows have their tokens: as lists in SMEM say."""
+
+    table: Any  # [R, M]
+    starts: Any  # [R]
+    ends: Any  # [R]
+    slots: Any  # [R]
+
+    def page(self, row, index):
+        return self.table[row, index]
+
+    def first(self, row):
+        return self.starts[row]
+
+    def end(self, row):
+        return self.ends[row]
+
+    def slot(self, row):
+        return self.slots[row]
+
+
+class _Computed(NamedTuple):
+    """Where rows that are `InOrder` have theirs."""
+
+    order: InOrder
+    tokens: int  # M Z
+    window: Any  # how near a token must be to be seen
+    lengths: Any  # [R] in SMEM, without the new token
+
+    def page(self, row, index):
+        return row * self.order.pages + index
+
+    def first(self, row):
+        return 0 if self.order.ring else jnp.maximum(self.end(row) - self.window, 0)
+
+    def end(self, row):
+        return jnp.minimum(self.lengths[row] + 1, self.tokens)
+
+    def slot(self, row):
+        return self.lengths[row] % self.tokens if self.order.ring else self.lengths[row]
+
+
+class _Refs(NamedTuple):
+    """Of pages and what goes to them there are two where they have scales."""
+
+    places: _Listed | _Computed
     q: Any  # [R, N, H]
     new: tuple[Any, ...]  # [R, 2, K H], [R, X, 128]
     out: Any  # [R, N, H]
@@ -65,12 +110,11 @@ def decode_attention(
     new: tuple[jax.Array, ...],
     pages: tuple[jax.Array, ...],
     layer: jax.Array,
-    table: jax.Array,
-    first: jax.Array,
-    end: jax.Array,
-    slot: jax.Array,
-    rows: jax.Array,
+    places: tuple[jax.Array, ...],
+    rows: jax.Array | int,
+    window: jax.Array | int = 0,
     *,
+    order: InOrder | None = None,
     scale: float,
     softcap: float,
     sizes: DecodeSizes,
@@ -82,8 +126,9 @@ def decode_attention(
 
     q [R, N, H] with query heads in the order (g, k); new ([R, 2, K H],) and pages ([L, P, 2, Z, K H],),
     or with scales of 8-bit pages as a second array, [R, X, 128] (`scales.spread_scales`) and [L, P, X,
-    128] float32; layer [] and rows [] int32, how many rows count; table [R, M], first, end and slot [R]
-    int32: a row attends to its tokens first <= i < end, of which `slot` is the new one. Rows that do not
+    128] float32; layer [] and rows [] int32, how many rows count. places: table [R, M], first, end and
+    slot [R] int32: a row attends to its tokens first <= i < end, of which `slot` is the new one; or, of
+    rows that are in `order`, their lengths [R] without the new token, and `window`. Rows that do not
     count are left as memory was. cores: those that share the rows.
     """
     _, heads, _ = q.shape
@@ -97,9 +142,11 @@ def decode_attention(
         return pl.BlockSpec(x.shape, lambda i, *_: (0,) * x.ndim)
 
     return pl.pallas_call(
-        functools.partial(_kernel, parts=parts, factor=factor, softcap=softcap, cores=cores),
+        functools.partial(
+            _kernel, parts=parts, factor=factor, softcap=softcap, cores=cores, order=order
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=5,
+            num_scalar_prefetch=1 + len(places),
             grid=(cores,),
             in_specs=[whole(q), *map(whole, new), *[anywhere] * parts],
             out_specs=[whole(q), *[anywhere] * parts],
@@ -119,16 +166,16 @@ def decode_attention(
             ],
         ),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, *pages)],
-        input_output_aliases={6 + parts + i: 1 + i for i in range(parts)},
+        input_output_aliases={len(places) + 2 + parts + i: 1 + i for i in range(parts)},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",), vmem_limit_bytes=vmem_limit, disable_bounds_checks=True
         ),
         interpret=interpret,
         name="paged_decode",
-    )(jnp.stack([layer, rows]), table, first, end, slot, q, *new, *pages)
+    )(jnp.stack([jnp.asarray(x, jnp.int32) for x in (layer, rows, window)]), *places, q, *new, *pages)
 
 
-def _kernel(scalars, table, first, end, slot, q, *rest, parts, factor, softcap, cores):
+def _kernel(scalars, *rest, parts, factor, softcap, cores, order):
     """All rows, or those of a core."""
     rest = list(rest)
 
@@ -136,22 +183,24 @@ def _kernel(scalars, table, first, end, slot, q, *rest, parts, factor, softcap, 
         taken, rest[:] = tuple(rest[:count]), rest[count:]
         return taken
 
-    new, _, (out,), pages, blocks, staged = take(), take(), take(1), take(), take(), take()
+    listed, (q,), new, _ = take(1 if order else 4), take(1), take(), take()
+    (out,), pages, blocks, staged = take(1), take(), take(), take()
     *state, fetched, written = rest
-    refs = _Refs(first, end, slot, q, new, out, staged, *state, written)
-    fetcher = Fetcher(scalars[0], table, pages, blocks, fetched)
+    page = blocks[0].shape[3]
+    places = _Computed(order, order.pages * page, scalars[2], *listed) if order else _Listed(*listed)
+    refs = _Refs(places, q, new, out, staged, *state, written)
+    fetcher = Fetcher(scalars[0], places.page, pages, blocks, fetched)
     core, rows = pl.program_id(0), scalars[1]
     buffers, size = blocks[0].shape[0], fetcher.size
 
     def span(row):
         """The first block of a row and the one after its last; one at least."""
         row = jnp.maximum(jnp.minimum(row, rows - 1), 0)
-        begin = first[row] // size
-        return begin, jnp.maximum((end[row] + size - 1) // size, begin + 1)
+        begin = places.first(row) // size
+        return begin, jnp.maximum((places.end(row) + size - 1) // size, begin + 1)
 
     def there(row, block):
-        page = blocks[0].shape[3]
-        pages = (end[row] + page - 1) // page - block * fetcher.at_once
+        pages = (places.end(row) + page - 1) // page - block * fetcher.at_once
         return jnp.minimum(pages, fetcher.at_once)
 
     def fetch(step, row, block):
@@ -214,13 +263,13 @@ def _end(refs: _Refs, row):
 
 def _attend(refs: _Refs, fetcher: Fetcher, buffer, row, block, n, softcap):
     """Adds a block to a row's sums, with the row's new token if it belongs there."""
-    start, slot = block * fetcher.size, refs.slot[row]
+    start, slot = block * fetcher.size, refs.places.slot(row)
 
     @pl.when((slot >= start) & (slot < start + fetcher.size))
     def _():
         _insert(refs, fetcher, buffer, row, slot, n)
 
-    here = refs.first[row] - start, refs.end[row] - start
+    here = refs.places.first(row) - start, refs.places.end(row) - start
     inner = (here[0] <= 0) & (here[1] >= fetcher.size)
     add = functools.partial(_add, refs, fetcher, buffer, softcap)
     pl.when(inner)(functools.partial(add, None))
@@ -248,7 +297,7 @@ def _insert(refs: _Refs, fetcher: Fetcher, buffer, row, slot, n):
         both = jnp.where(token_of_lane(old.shape, page, refs.kv_heads) == within, new[row], old)
         block[buffer, inside] = both
         staged[n % 2] = both
-    for copy in _writes(refs, fetcher, n % 2, fetcher.table[row, slot // page], place):
+    for copy in _writes(refs, fetcher, n % 2, fetcher.page_of(row, slot // page), place):
         copy.start()
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.kernels.chips import chip_rule, device_kind
+from llm_jax.kernels.choice import Choice
 from llm_jax.kernels.quantized_matmul.plan import GROUP, TRAITS, Problem, check_blocks, decoding, plan
 from llm_jax.kernels.quantized_matmul.reference import (
     ACTIVATIONS,
@@ -26,14 +27,6 @@ from llm_jax.kernels.quantized_matmul.tpu_tiles import Tiles, tiles
 IMPLEMENTATIONS = ("pallas", "xla")
 INTEGERS = (jnp.dtype(jnp.int8), jnp.dtype(jnp.int4))
 WEIGHTS = (*INTEGERS, jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """Which implementation runs, and why."""
-
-    implementation: str
-    reason: str
 
 
 def choose(x: jax.Array, w: jax.Array, scale: jax.Array, kind: str | None = None) -> Choice:
@@ -146,7 +139,7 @@ def _pallas(spec: _Spec, layer, x, w, scale, bias, residual):
             scale,
             bias,
             residual,
-            cores=traits.cores,
+            cores=rule.cores,
             int8=spec.quantize_x,
             int8_units=traits.int8_units,
             **options,

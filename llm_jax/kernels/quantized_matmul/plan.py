@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 from llm_jax.kernels.chips import ChipRule
 from llm_jax.kernels.quantized_matmul.tpu import LANES, PARTS, Decode, Stream, bits_of
 from llm_jax.kernels.quantized_matmul.tpu_tiles import Tiles
+from llm_jax.kernels.tuning import bucket, table_key, tuned
 
 MOST_STREAMED = 256  # rows; with more the matrix units take longer than the weights do
 CHUNK = 1024  # rows of weights: a DMA of the stream has a multiple of them
@@ -16,12 +17,11 @@ GROUP = 32  # rows of int8 in a tile of registers: groups of weights are multipl
 
 @dataclasses.dataclass(frozen=True)
 class Traits:
-    """cores: of a device. int8_units: whether matrix units multiply int8. words: whether int8 and int4
+    """int8_units: whether matrix units multiply int8. words: whether int8 and int4
     are better unpacked from words of 32 bits than converted. e4m3b11: whether this is the 8-bit format
     that vectors are converted from. columns: the most of a tile.
     """
 
-    cores: int
     int8_units: bool
     words: bool
     e4m3b11: bool
@@ -29,11 +29,11 @@ class Traits:
 
 
 TRAITS = {
-    "v4": Traits(2, False, True, False, 1024),
-    "v5e": Traits(1, True, False, True, 1024),
-    "v5p": Traits(2, True, False, True, 1024),
-    "v6e": Traits(1, True, False, True, 2048),
-    "tpu7x": Traits(1, False, False, False, 2048),
+    "v4": Traits(False, True, False, 1024),
+    "v5e": Traits(True, False, True, 1024),
+    "v5p": Traits(True, False, True, 1024),
+    "v6e": Traits(True, False, True, 2048),
+    "tpu7x": Traits(False, False, False, 2048),
 }
 
 
@@ -76,7 +76,20 @@ def decoding(problem: Problem, rule: ChipRule, many: bool) -> Decode:
 
 
 def plan(problem: Problem, rule: ChipRule) -> Stream | Tiles:
-    """The kernel and its blocks: a stream of weights for few rows, tiles for many or for odd sizes."""
+    """The kernel and its blocks: tuned ones, or by the rule."""
+    found = tuned("quantized_matmul", rule.name, plan_key(problem), Stream, Tiles)
+    return plan_rule(problem, rule) if found is None else found
+
+
+def plan_key(problem: Problem) -> str:
+    """Of the table of tuned blocks."""
+    words = [problem.x, problem.w, *(["quantize_x"] if problem.quantize_x else [])]
+    sizes = {"depth": problem.depth, "columns": problem.columns, "group": problem.group}
+    return table_key(*words, rows=bucket(problem.rows), **sizes)
+
+
+def plan_rule(problem: Problem, rule: ChipRule) -> Stream | Tiles:
+    """A stream of weights for few rows, tiles for many or for odd sizes."""
     whole = problem.columns % LANES == 0 and problem.depth % LANES == 0
     if whole and problem.rows <= MOST_STREAMED:
         return stream_rule(problem, rule)

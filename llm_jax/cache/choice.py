@@ -1,0 +1,39 @@
+"""Which contiguous cache a fixed batch gets: tiles for the TPU's kernel, else heads-major arrays."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from llm_jax.cache.dense import DenseCache, abstract_dense
+from llm_jax.cache.tiled import TiledCache, abstract_tiled, why_not_tiled
+from llm_jax.config import ModelConfig
+
+Cache = DenseCache | TiledCache
+
+
+def abstract_cache(
+    config: ModelConfig, batch: int, size: int, mesh: Mesh, *, per_layer: bool = False
+) -> Cache:
+    """Shapes, dtypes and shardings of what `init_cache` allocates, for compiling ahead of time."""
+    kind = mesh.devices.flat[0].device_kind
+    why_not = why_not_tiled(config, size)
+    if not kind.startswith("TPU"):
+        why_not = f"there is no kernel for {kind}"
+    if config.attention == "pallas" and why_not:
+        raise ValueError(f"attention='pallas': {why_not}; take 'auto' or 'xla'")
+    if config.attention == "xla" or why_not:
+        return abstract_dense(config, batch, size, mesh, per_layer=per_layer)
+    return abstract_tiled(config, batch, size, mesh)
+
+
+def init_cache(
+    config: ModelConfig, batch: int, size: int, mesh: Mesh, *, per_layer: bool = False
+) -> Cache:
+    """An empty cache for `batch` sequences of up to `size` tokens, born on its shards.
+
+    per_layer: one array per layer instead of a stack, for unrolled layers (see `tree.PerLayer`).
+    Raises ValueError when windowed layers differ in their window, and for `attention` that cannot be.
+    """
+    abstract = abstract_cache(config, batch, size, mesh, per_layer=per_layer)
+    zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract)  # noqa: E731
+    return jax.jit(zeros, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()

@@ -1,0 +1,43 @@
+"""A whole decode step of Llama 3 8B's shape for a slice, as a program of the laboratory."""
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.cache import abstract_cache
+from llm_jax.config import ModelConfig
+from llm_jax.infer.steps import make_forward
+from llm_jax.models import describe
+from llm_jax.sharding import batch_sharding, make_mesh
+from llm_jax.tpu.case import Case
+
+CONFIG = ModelConfig(
+    "llama",
+    vocab_size=128256,
+    num_layers=32,
+    embed_dim=4096,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    mlp_dim=14336,
+    max_positions=8192,
+    rope_theta=5e5,
+    param_dtype="bfloat16",
+    compute_dtype="bfloat16",
+    cache_dtype="bfloat16",
+)
+
+
+def decode_step(devices, mesh: str = "tensor:8", batch: int = 32, context: int = 4096) -> Case:
+    """One token for each of `batch` rows of `context` tokens; lengths are not known to the count."""
+    mesh, model = make_mesh(mesh, devices), describe(CONFIG)
+    placed = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    params = jax.tree.map(placed, model.shapes, model.shardings(mesh))
+    cache = abstract_cache(model.config, batch, context, mesh)
+    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=batch_sharding(mesh, (batch,)))
+    forward = make_forward(model)
+
+    def step(params, cache, tokens):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return forward(params, cache, tokens)
+
+    return Case(jax.jit(step, donate_argnums=1), (params, cache, tokens))
