@@ -32,6 +32,7 @@ SET = flags.DEFINE_multi_string("set", [""], "Options of the function: name=valu
 FLAGS = flags.DEFINE_string("libtpu_flags", "", "Further settings of libtpu.")
 TIMEOUT = flags.DEFINE_float("timeout_s", 900.0, "Seconds for one compilation.", lower_bound=1)
 PNG = flags.DEFINE_string("png", None, "Where to draw the roofline and the slots in use.")
+TABLE = flags.DEFINE_bool("table", False, "A Markdown table, a column a program, as docs have it.")
 JSON = flags.DEFINE_bool("json", False, "One JSON object a program on stdout, nothing else.")
 BLINDNESS = flags.DEFINE_bool("blind", False, "Say what the count cannot see, and stop.")
 
@@ -71,10 +72,10 @@ def main(argv):
         reports.append(report)
         if JSON.value:
             print(json.dumps({"topology": topology} | report.record()), flush=True)
-        elif len(TOPOLOGY.value) * len(SET.value) == 1:
+        elif len(TOPOLOGY.value) * len(SET.value) == 1 and not TABLE.value:
             print(shown.text(report))
-    if len(reports) > 1 and not JSON.value:
-        print(shown.side_by_side(reports))
+    if (len(reports) > 1 or TABLE.value) and not JSON.value:
+        print(shown.side_by_side(reports, TABLE.value))
     if PNG.value:
         plot_reports(reports, Path(PNG.value))
     return None

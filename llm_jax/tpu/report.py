@@ -89,9 +89,9 @@ ROWS = (  # of a comparison: (name, of a kernel)
 )
 
 
-def side_by_side(reports: Sequence[Report]) -> str:
+def side_by_side(reports: Sequence[Report], markdown: bool = False) -> str:
     """The kernels of each report summed (shares: of the first kernel), a column each, beside the first's
-    ratio.
+    ratio; markdown: as a table of that, for documents.
     """
     heads = ["", *(_name(r) for r in reports)]
     table = [heads]
@@ -105,6 +105,9 @@ def side_by_side(reports: Sequence[Report]) -> str:
             first = number if first is None else first
         table.append(row)
     table.append(["limit", *((r.kernels[0].limit.split(";")[0] if r.kernels else "-") for r in reports)])
+    if markdown:
+        table.insert(1, ["---"] * len(heads))
+        return "\n".join(f"| {' | '.join(row)} |" for row in table)
     widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
     lines = [
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table

@@ -1,6 +1,7 @@
 """What kernels cost by the compiler's code, kept: `python tests/kernels/budgets.py` writes budgets.json.
 
-Run it after a change that makes a kernel cheaper, or with another jax or libtpu, and read what changed.
+Run it after a change that makes a kernel cheaper, or with another jax or libtpu, and read what changed;
+with parts of names, as in `budgets.py paged v6e`, for those alone.
 It takes several minutes and a libtpu that prints its machine code (docs/tpu_lab.md).
 """
 
@@ -31,7 +32,6 @@ CASES = [
         (f"{kernel}/{name}/{chip}", kernel, ONE[chip], options)
         for chip in ONE
         for kernel, name, options in (
-            ("paged_attention", "page128", {}),
             ("paged_attention", "page16", {"page": 16}),
             ("paged_attention", "int8", {"dtype": "int8"}),
             ("paged_attention", "chunk", {"shape": "16x32x8x2048x128", "chunk": 256}),
@@ -41,8 +41,7 @@ CASES = [
         )
     ),
     *(
-        (f"{kernel}/{name}/{chip}", kernel, ONE[chip], options)
-        for chip in ("v5e", "tpu7x")
+        (f"{kernel}/{name}/tpu7x", kernel, ONE["tpu7x"], options)
         for kernel, name, options in (
             ("paged_attention", "fp8", {"dtype": "float8_e4m3fn"}),
             ("paged_attention", "int8-page16", {"dtype": "int8", "page": 16}),
@@ -90,13 +89,15 @@ def measure(kernel: str, topology: str, options: dict, cache: Path | None = None
     }
 
 
-def main() -> None:
-    found = {}
+def main(*only: str) -> None:
+    """only: parts of the names of the cases to measure; the others stay as they are."""
+    kept = json.loads(FILE.read_text()) if only else {}
     for name, kernel, topology, options in CASES:
-        found[name] = measure(kernel, topology, options)
-        print(f"{name:28} {found[name]}", flush=True)
-    FILE.write_text(json.dumps(found, indent=1) + "\n")
+        if not only or any(part in name for part in only):
+            kept[name] = measure(kernel, topology, options)
+            print(f"{name:32} {kept[name]}", flush=True)
+    FILE.write_text(json.dumps({case[0]: kept[case[0]] for case in CASES}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -1,5 +1,7 @@
 """The TPU kernel of flash attention in interpret mode, and its plan, beside float64 in numpy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -375,3 +377,52 @@ def test_a_query_without_any_key_has_no_gradient(implementation):
     wanted = exact_gradients(q, k, v, visible(1, 128, 128, **mask), 0.25)
     for ours, theirs in zip(got, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+def test_sinks_and_masks_of_blocks_and_their_gradients(implementation):
+    batch, length, heads, dim = 2, 512, 2, 32
+    q, k, v = drawn(5, batch, length, length, heads, 1, dim)
+    blocks = Blocks(256, 128, 128, 128)
+    sinks = jnp.asarray([0.5, -1.0], jnp.float32)
+    seen = np.random.default_rng(1).random((batch, 2, 4)) < 0.6
+    seen[:, 1, 0] = False
+    mask = visible(batch, length, length, True) & np.repeat(np.repeat(seen, 256, 1), 128, 2)
+
+    def ours(q, k, v, sinks):
+        how = {"implementation": implementation, "interpret": implementation == "pallas"}
+        return flash_attention(
+            q, k, v, scale=0.2, causal=True, sinks=sinks, block_mask=seen, blocks=blocks, **how
+        )
+
+    def plain(q, k, v, sinks):
+        scores = jnp.einsum("btnh,bsh->bnts", q, k[:, 0]) * 0.2
+        scores = jnp.where(mask[:, None], scores, -1e30)
+        more = jnp.broadcast_to(sinks[None, :, None, None], (*scores.shape[:3], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, more], axis=-1), axis=-1)[..., :-1]
+        log = jax.nn.logsumexp(jnp.concatenate([scores, more], axis=-1), axis=-1)
+        return jnp.einsum("bnts,bsh->btnh", weights, v[:, 0]), log
+
+    with jax.default_matmul_precision("highest"):
+        (out, log), back = jax.vjp(ours, q, k, v, sinks)
+        (wanted, wanted_log), wanted_back = jax.vjp(plain, q, k, v, sinks)
+    np.testing.assert_allclose(out, wanted, atol=5e-6)
+    np.testing.assert_allclose(log, wanted_log, atol=2e-5)
+    for got, want in zip(back((out, log)), wanted_back((out, log)), strict=True):
+        np.testing.assert_allclose(got, want, atol=5e-5 * float(jnp.abs(want).max()))
+
+
+def test_sinks_and_masks_of_blocks_that_do_not_fit():
+    q, k, v = drawn(0, 1, 512, 512, 2, 1, 32)
+    call = functools.partial(flash_attention, q, k, v, scale=1.0, causal=True, implementation="xla")
+    mask, blocks = np.ones((1, 2, 4), bool), Blocks(256, 128, 128, 128)
+    with pytest.raises(ValueError, match="sinks \\(3,\\)"):
+        call(sinks=jnp.zeros(3))
+    with pytest.raises(ValueError, match="block_mask without blocks"):
+        call(block_mask=mask)
+    with pytest.raises(ValueError, match="they must divide 512 queries"):
+        call(block_mask=mask, blocks=Blocks(384, 128, 128, 128))
+    with pytest.raises(ValueError, match="expected \\[1 or 1, 2, 4\\]"):
+        call(block_mask=mask[:, :1], blocks=blocks)
+    with pytest.raises(ValueError, match="expected bool"):
+        call(block_mask=mask.astype(np.int32), blocks=blocks)

@@ -171,6 +171,8 @@ def test_the_script(lab, tmp_path):
     text = script("--topology=v5e:1x1")
     assert "not measured on a TPU" in text
     assert f"{kernel.issued_cycles:,} cycles issued" in text
+    rows = script("--topology=v5e:1x1", "--table").strip().splitlines()
+    assert rows[1] == "| --- | --- |" and f"| issued cycles | {kernel.issued_cycles:,}.0 |" in rows
     picture = tmp_path / "picture.png"
     both = script("--topology=v5e:1x1", "--set=", "--set=bm=128,bk=128,bn=128", f"--png={picture}")
     assert "bm=128,bk=128,bn=128" in both

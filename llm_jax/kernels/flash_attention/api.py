@@ -15,7 +15,7 @@ from llm_jax.kernels.chips import ChipRule, chip_rule, device_kind
 from llm_jax.kernels.choice import Choice
 from llm_jax.kernels.flash_attention.plan import fetched, plan_by_ids, plan_by_index
 from llm_jax.kernels.flash_attention.reference import reference_attention
-from llm_jax.kernels.flash_attention.tpu import HIDDEN, LANES, Blocks, flash_forward, heads_at_once
+from llm_jax.kernels.flash_attention.tpu import HIDDEN, LANES, SKIP, Blocks, flash_forward, heads_at_once
 from llm_jax.kernels.flash_attention.tpu_backward import flash_backward
 from llm_jax.kernels.tuning import bucket, table_key, tuned
 
@@ -50,6 +50,8 @@ def flash_attention(
     offset: int = 0,
     positions: tuple[jax.Array, jax.Array] | None = None,
     segments: tuple[jax.Array, jax.Array] | None = None,
+    sinks: jax.Array | None = None,
+    block_mask: jax.Array | np.ndarray | None = None,
     implementation: str | None = None,
     blocks: Blocks | None = None,
     interpret: bool = False,
@@ -62,6 +64,10 @@ def flash_attention(
     `causal`, and less than `window` places from it if that is not 0. softcap: c tanh(s / c) of the
     scores, 0 = none. A query that sees nothing has attention 0 and a very negative logarithm.
 
+    sinks [N] float32: a score of every query of a head that takes its share of the weights and gives
+    nothing (Xiao et al. 2023; gpt-oss). block_mask bool [B or 1, T / block_q, S / block_k], with
+    `blocks` that divide T and S: False hides whole blocks besides, which then cost nothing.
+
     implementation: "pallas" (TPU), "xla", or None for `choose`. blocks: of the TPU kernel; tuned ones
     or by a rule of the chip's memory if not given. interpret: run the kernel on a CPU, for tests. Both
     results may be differentiated.
@@ -69,19 +75,34 @@ def flash_attention(
     Raises ValueError for arrays that do not fit each other and for an implementation that cannot run.
     """
     _check(q, k, v, positions, segments, implementation)
+    _check_more(q, k, sinks, block_mask, blocks)
     if implementation is None:
         implementation = choose(q, k).implementation
-    if implementation == "xla":
-        mask = _mask(q, k, causal, window, offset, positions, segments)
-        return reference_attention(q, k, v, mask, scale=scale, softcap=softcap)
     if implementation == "pallas" and not interpret and not choose(q, k).possible:
         raise ValueError(f"implementation='pallas': {choose(q, k).reason}; take 'xla' or None")
-    return _pallas(
-        q, k, v, scale, causal, window, softcap, offset, positions, segments, blocks, interpret
-    )
+    if implementation == "xla":
+        mask = _mask(q, k, causal, window, offset, positions, segments)
+        if block_mask is not None and blocks is not None:
+            sizes = (blocks.block_q, blocks.block_k)
+            wide = functools.reduce(lambda x, n: jnp.repeat(x, sizes[n], n + 1), (0, 1), block_mask)
+            mask = wide if mask is None else mask & wide
+        out, log = reference_attention(q, k, v, mask, scale=scale, softcap=softcap)
+    else:
+        masks = (causal, window, offset, positions, segments, block_mask)
+        out, log = _pallas(q, k, v, scale, softcap, *masks, blocks, interpret)
+    return (out, log) if sinks is None else _with_sinks(out, log, sinks)
 
 
-def _pallas(q, k, v, scale, causal, window, softcap, offset, positions, segments, blocks, interpret):
+def _with_sinks(out, log, sinks):
+    """What remains of weights beside a score that has no value: exp(log) / (exp(log) + exp(sink))."""
+    sinks = sinks[None, :, None]
+    share = jax.nn.sigmoid(log - sinks).transpose(0, 2, 1)[..., None]
+    return (out.astype(jnp.float32) * share).astype(out.dtype), jnp.logaddexp(log, sinks)
+
+
+def _pallas(
+    q, k, v, scale, softcap, causal, window, offset, positions, segments, block_mask, blocks, interpret
+):
     (batch, queries, heads, dim), (_, kv_heads, keys, _) = q.shape, k.shape
     rule, groups = chip_rule(interpret), heads_at_once(heads // kv_heads)
     plain = positions is None and segments is None and not window
@@ -101,6 +122,8 @@ def _pallas(q, k, v, scale, causal, window, softcap, offset, positions, segments
     else:
         ids = _ids(batch, queries, keys, offset, positions, segments, blocks)
         kinds, used = plan_by_ids(*ids, causal, window, blocks)
+    if block_mask is not None:
+        kinds, used = jnp.where(block_mask, kinds, SKIP), used | {SKIP}
     spec = _Spec(
         heads, blocks, used, scale, causal, window, softcap, rule.vmem_bytes * 3 // 4, interpret
     )
@@ -262,6 +285,26 @@ def _check(q, k, v, positions, segments, implementation) -> None:
             found = tuple(x.shape for x in pair)
             if found != wanted:
                 raise ValueError(f"{name} of {found}: expected {wanted}")
+
+
+def _check_more(q, k, sinks, block_mask, blocks) -> None:
+    """sinks and block_mask."""
+    if sinks is not None and (sinks.shape != (q.shape[2],) or sinks.dtype != jnp.float32):
+        raise ValueError(f"sinks {sinks.shape} of {sinks.dtype}: expected float32 [{q.shape[2]}]")
+    if block_mask is None:
+        return
+    if blocks is None:
+        raise ValueError("block_mask without blocks=: say of which sizes the blocks are")
+    wanted = (q.shape[1] // blocks.block_q, k.shape[2] // blocks.block_k)
+    divided = q.shape[1] % blocks.block_q == 0 and k.shape[2] % blocks.block_k == 0
+    if not divided or blocks.fitted(q.shape[1], k.shape[2]) != blocks:
+        sizes = f"{q.shape[1]} queries and {k.shape[2]} keys"
+        raise ValueError(f"blocks={blocks}: with block_mask they must divide {sizes}, tiles them")
+    shape = block_mask.shape
+    if len(shape) != 3 or shape[0] not in (1, q.shape[0]) or shape[1:] != wanted:
+        raise ValueError(f"block_mask {shape}: expected [{q.shape[0]} or 1, {wanted[0]}, {wanted[1]}]")
+    if block_mask.dtype != bool:
+        raise ValueError(f"block_mask of {block_mask.dtype}: expected bool, True = not hidden")
 
 
 def _up(n: int, multiple: int) -> int:
