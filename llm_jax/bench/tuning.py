@@ -147,7 +147,9 @@ def _tried(judge: Judge, kernel: str, topology: str, options: dict[str, Any]) ->
     try:
         return judge(kernel, topology, options)
     except (CompileError, TimeoutError) as error:
-        return f"skipped, {error!s:.300}"
+        said = str(error).partition(f" for {topology}: ")[2] or str(error)
+        line = said.partition("\n")[0]
+        return f"skipped, {line:.200}"
 
 
 def _both(times: dict[str, float], of_rule: dict[str, float]) -> dict[str, float]:

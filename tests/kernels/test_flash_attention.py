@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llm_jax.kernels.flash_attention.api import choose, flash_attention
 from llm_jax.kernels.flash_attention.plan import fetched, plan_by_ids, plan_by_index
-from llm_jax.kernels.flash_attention.tpu import DIAGONAL, SKIP, WHOLE, Blocks
+from llm_jax.kernels.flash_attention.tpu import DIAGONAL, SKIP, WHOLE, Blocks, reach_of, tiles_of
 from llm_jax.tpu.races import run_checked
 
 pytestmark = pytest.mark.lenient  # jax's simulator promotes
@@ -214,13 +214,34 @@ def test_blocks_are_never_called_hidden_or_whole_wrongly(seed, causal, window, d
 
 
 def test_a_plan_by_index_is_the_triangle():
-    kinds, used = plan_by_index(32, 48, 16, True, Blocks(16, 8, 8, 8))
+    kinds, used = plan_by_index(32, 48, 16, reach_of(True, 0), Blocks(16, 8, 8, 8))
     assert kinds[0].tolist() == [
         [WHOLE, WHOLE, DIAGONAL, DIAGONAL + 1, SKIP, SKIP],
         [WHOLE, WHOLE, WHOLE, WHOLE, DIAGONAL, DIAGONAL + 1],
     ]
     assert fetched(jnp.asarray(kinds))[0].tolist() == [[0, 1, 2, 3, 3, 3], [0, 1, 2, 3, 4, 5]]
     assert used == {SKIP, WHOLE, DIAGONAL, DIAGONAL + 1}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [0, 1, 5, 8, 24, 100])
+def test_tiles_of_masks_that_are_known_compute_what_is_seen(causal, window):
+    size, blocks, reach = 64, Blocks(32, 16, 8, 8), reach_of(causal, window)
+    kinds, used = plan_by_index(size, size, 0, reach, blocks)
+    seen = visible(1, size, size, causal, window)[0]
+    computed, plain = np.zeros_like(seen), np.zeros_like(seen)
+    for (_, i, j), kind in np.ndenumerate(kinds):
+        assert kind in used
+        for _, first_q, size_q, first_k, size_k, crossed in tiles_of(1, blocks, int(kind), reach):
+            rows = slice(i * 32 + first_q, i * 32 + first_q + size_q)
+            part = (rows, slice(j * 16 + first_k, j * 16 + first_k + size_k))
+            if kind != SKIP:
+                assert not computed[part].any(), "nothing is computed twice"
+                computed[part] = True
+                plain[part] = not crossed
+    assert computed[seen].all() and seen[plain].all()
+    tiles = seen.reshape(8, 8, 8, 8).any(axis=(1, 3))
+    assert computed.sum() == 64 * tiles.sum(), "no tile is computed for nothing"
 
 
 @pytest.mark.slow

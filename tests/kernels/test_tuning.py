@@ -211,7 +211,8 @@ def test_nothing_is_tried_near_the_least():
 
 
 def test_refused_and_slow_candidates_are_skipped_and_named():
-    costs = {1: 100.0, 2: CompileError("no room", ""), 3: TimeoutError("too long"), 4: 95.0}
+    refused = CompileError("x with {} for v6e:1x1: no room\nat all", "")
+    costs = {1: 100.0, 2: refused, 3: TimeoutError("too long"), 4: 95.0}
     found = tuned_by(costs)
     assert found.entry is not None and found.entry["sizes"] == {"n": 4}
     assert "n=2: skipped, no room" in found.notes and "n=3: skipped, too long" in found.notes

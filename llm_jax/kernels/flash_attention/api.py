@@ -15,7 +15,15 @@ from llm_jax.kernels.chips import ChipRule, chip_rule, device_kind
 from llm_jax.kernels.choice import Choice
 from llm_jax.kernels.flash_attention.plan import fetched, plan_by_ids, plan_by_index
 from llm_jax.kernels.flash_attention.reference import reference_attention
-from llm_jax.kernels.flash_attention.tpu import HIDDEN, LANES, SKIP, Blocks, flash_forward, heads_at_once
+from llm_jax.kernels.flash_attention.tpu import (
+    HIDDEN,
+    LANES,
+    SKIP,
+    Blocks,
+    flash_forward,
+    heads_at_once,
+    reach_of,
+)
 from llm_jax.kernels.flash_attention.tpu_backward import flash_backward
 from llm_jax.kernels.tuning import bucket, table_key, tuned
 
@@ -105,8 +113,8 @@ def _pallas(
 ):
     (batch, queries, heads, dim), (_, kv_heads, keys, _) = q.shape, k.shape
     rule, groups = chip_rule(interpret), heads_at_once(heads // kv_heads)
-    plain = positions is None and segments is None and not window
-    if blocks is None and plain and causal and not softcap and queries == keys:
+    plain = positions is None and segments is None
+    if blocks is None and plain and causal and not window and not softcap and queries == keys:
         key = blocks_key(q.dtype, groups, dim, queries)
         blocks = tuned("flash_attention", rule.name, key, Blocks)
     if blocks is None:
@@ -117,8 +125,8 @@ def _pallas(
     covered = keys == _up(keys, blocks.block_k) or (causal and offset + queries <= keys)
     q, k, v = _pad(q, 1, blocks.block_q), _pad(k, 2, blocks.block_k), _pad(v, 2, blocks.block_k)
     ids: tuple[jax.Array, ...] = ()
-    if plain and covered and (aligned or not causal):
-        kinds, used = plan_by_index(q.shape[1], k.shape[2], offset, causal, blocks)
+    if plain and covered and (aligned or not (causal or window)):
+        kinds, used = plan_by_index(q.shape[1], k.shape[2], offset, reach_of(causal, window), blocks)
     else:
         ids = _ids(batch, queries, keys, offset, positions, segments, blocks)
         kinds, used = plan_by_ids(*ids, causal, window, blocks)

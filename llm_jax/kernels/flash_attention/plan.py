@@ -8,24 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from llm_jax.kernels.flash_attention.tpu import DIAGONAL, MASKED, SKIP, WHOLE, Blocks
+from llm_jax.kernels.flash_attention.tpu import DIAGONAL, MASKED, SKIP, WHOLE, Blocks, Reach
 
 Plan = tuple[jax.Array | np.ndarray, frozenset[int]]  # kinds, those that occur
 
 
-def plan_by_index(queries: int, keys: int, offset: int, causal: bool, blocks: Blocks) -> Plan:
+def plan_by_index(queries: int, keys: int, offset: int, reach: Reach, blocks: Blocks) -> Plan:
     """The plan of one sequence whose query t is at place t + offset of its keys; known before it runs.
 
-    kinds int32 [1, I, J], and those that occur. offset and block_q are multiples of block_k.
+    kinds int32 [1, I, J], and those that occur. Unless all is seen, offset and block_q are multiples of
+    block_k.
     """
     bq, bk = blocks.block_q, blocks.block_k
     first = np.arange(queries // bq)[:, None] * bq + offset
     ahead = np.arange(keys // bk)[None] * bk - first  # of a block's first key before its first query
-    kinds = np.full(ahead.shape, WHOLE, np.int32)
-    if causal:
-        assert bq % bk == 0 and offset % bk == 0, (blocks, offset)
-        kinds = np.where(ahead >= bq, SKIP, np.where(ahead < 0, WHOLE, DIAGONAL + ahead // bk))
-        kinds = kinds.astype(np.int32)
+    least, most = -ahead - (bk - 1), bq - 1 - ahead  # from a key to a query
+    hidden = (most < reach[0]) | (least > reach[1])
+    whole = (least >= reach[0]) & (most <= reach[1])
+    touched = ~hidden & ~whole
+    assert not touched.any() or (bq % bk == 0 and offset % bk == 0), (blocks, offset)
+    kinds = np.where(hidden, SKIP, np.where(whole, WHOLE, DIAGONAL + ahead // bk)).astype(np.int32)
     return kinds[None], frozenset(np.unique(kinds).tolist())
 
 

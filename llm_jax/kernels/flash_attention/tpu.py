@@ -36,9 +36,10 @@ ONES = 32  # bytes of a column of ones: 16 rows of bfloat16, 8 of float32, a til
 LOWEST = -1e29  # where the maximum begins: above HIDDEN, so that a query without any key sums to 0
 LANES = 128
 HEADS_AT_ONCE = 4  # of one key head; in more than this the compiler takes minutes for little
-SKIP, WHOLE, MASKED, DIAGONAL = range(
-    4
-)  # kinds of blocks; DIAGONAL + n: the n-th block along a diagonal
+SKIP, WHOLE, MASKED = range(3)  # kinds of blocks
+DIAGONAL = 1 << 16  # + n: touched by a mask that is known, n blocks of keys ahead of its queries
+FAR = 1 << 30  # further apart than any query and key
+Reach = tuple[int, int]  # the least and the most places from a key to a query that sees it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +150,7 @@ def flash_forward(
         used=used,
         factor=scale / softcap if softcap else scale * math.log2(math.e),
         seen=functools.partial(visible, causal=causal, window=window),
+        reach=reach_of(causal, window),
         softcap=softcap,
         ones=ONES // q.dtype.itemsize if ones else 0,
         many=many,
@@ -197,7 +199,20 @@ class _Refs(NamedTuple):
 
 
 def _kernel(
-    kinds_ref, fetch_ref, q_ref, k_ref, v_ref, *rest, blocks, used, factor, seen, softcap, ones, many
+    kinds_ref,
+    fetch_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    *rest,
+    blocks,
+    used,
+    factor,
+    seen,
+    reach,
+    softcap,
+    ones,
+    many,
 ):
     """One block of queries of all heads of a key head, with one block of keys."""
     del fetch_ref
@@ -220,7 +235,7 @@ def _kernel(
         total_ref[...] = jnp.zeros_like(total_ref)
 
     for one in sorted(used - {SKIP}):
-        pl.when(kind == one)(functools.partial(_step, refs, blocks, one, seen, softcap, ones))
+        pl.when(kind == one)(functools.partial(_step, refs, blocks, one, seen, reach, softcap, ones))
 
     @pl.when(j == pl.num_programs(3) - 1)
     def _():
@@ -232,9 +247,9 @@ def _kernel(
             log_ref[0, 0, pl.ds(g, 1)] = jnp.where(total > 0, log, HIDDEN)
 
 
-def _step(refs: _Refs, blocks: Blocks, kind: int, seen, softcap: float, ones: int):
+def _step(refs: _Refs, blocks: Blocks, kind: int, seen, reach: Reach, softcap: float, ones: int):
     """Adds a block of keys to the sums, tile by tile; the scores of the next tile are made one ahead."""
-    tiles = list(tiles_of(refs.q.shape[0], blocks, kind))
+    tiles = list(tiles_of(refs.q.shape[0], blocks, kind, reach))
 
     def score(n):
         g, first_q, size_q, first_k, size_k, crossed = tiles[n]
@@ -245,7 +260,7 @@ def _step(refs: _Refs, blocks: Blocks, kind: int, seen, softcap: float, ones: in
         if kind == MASKED:
             scores = jnp.where(seen(refs.ids, first_q, size_q, first_k, size_k), scores, HIDDEN)
         elif crossed:
-            scores = hide_later(scores, first_q, first_k + (kind - DIAGONAL) * blocks.block_k)
+            scores = hide_outside(scores, first_q - first_k - ahead_of(kind, blocks), reach)
         refs.scores[n % 2, :size_k, :size_q] = scores
 
     score(0)
@@ -266,29 +281,56 @@ def _step(refs: _Refs, blocks: Blocks, kind: int, seen, softcap: float, ones: in
         refs.highest[here] = highest
 
 
-def hide_later(scores: jax.Array, first_q: int, first_k: int) -> jax.Array:
-    """scores [keys, queries] with HIDDEN where a key comes after the query."""
-    key = lax.broadcasted_iota(jnp.int32, scores.shape, 0) + (first_k - first_q)
-    return jnp.where(key <= lax.broadcasted_iota(jnp.int32, scores.shape, 1), scores, HIDDEN)
+def reach_of(causal: bool, window: int) -> Reach:
+    """Of a mask that depends on places alone; window 0 = none."""
+    highest = window - 1 if window else FAR
+    return (0 if causal else -highest), highest
 
 
-def tiles_of(groups: int, blocks: Blocks, kind: int) -> Iterator[tuple[int, int, int, int, int, bool]]:
-    """(head, first query, queries, first key, keys, whether the diagonal crosses it) of what is
-    computed.
+def ahead_of(kind: int, blocks: Blocks) -> int:
+    """How many places a block's first key is ahead of its first query, of the kinds from DIAGONAL on."""
+    return (kind - DIAGONAL) * blocks.block_k
+
+
+def hide_outside(scores: jax.Array, distance: int, reach: Reach) -> jax.Array:
+    """scores [keys, queries] with HIDDEN where a query does not reach a key.
+
+    distance: of the first query from the first key.
     """
-    if kind < DIAGONAL:
+    (keys, queries), (lowest, highest) = scores.shape, reach
+    query = lax.broadcasted_iota(jnp.int32, scores.shape, 1) + distance
+    apart = query - lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+    if distance - keys < lowest:
+        scores = jnp.where(apart >= lowest, scores, HIDDEN)
+    if distance + queries > highest:
+        scores = jnp.where(apart <= highest, scores, HIDDEN)
+    return scores
+
+
+def tiles_of(
+    groups: int, blocks: Blocks, kind: int, reach: Reach
+) -> Iterator[tuple[int, int, int, int, int, bool]]:
+    """(head, first query, queries, first key, keys, whether the mask crosses it) of what is computed."""
+    if kind in (SKIP, WHOLE, MASKED):
         for g in range(groups):
             for first_k in range(0, blocks.block_k, blocks.tile_k):
                 yield g, 0, blocks.block_q, first_k, blocks.tile_k, False
         return
-    size, ahead = blocks.diagonal_tile, (kind - DIAGONAL) * blocks.block_k
+    size = blocks.diagonal_tile
     for g in range(groups):
         for first_k in range(0, blocks.block_k, size):
-            start = first_k + ahead  # the first query that sees all of the tile's first key
-            if start < blocks.block_q:
-                yield g, start, size, first_k, size, True
-            if start + size < blocks.block_q:
-                yield g, start + size, blocks.block_q - start - size, first_k, size, False
+            whole = []  # tiles of queries beside each other that see all keys
+            for first_q in range(0, blocks.block_q, size):
+                distance = first_q - first_k - ahead_of(kind, blocks)
+                least, most = distance - (size - 1), distance + size - 1
+                if most < reach[0] or least > reach[1]:
+                    continue
+                if least >= reach[0] and most <= reach[1]:
+                    whole.append(first_q)
+                else:
+                    yield g, first_q, size, first_k, size, True
+            if whole:
+                yield g, whole[0], whole[-1] + size - whole[0], first_k, size, False
 
 
 def visible(ids, first_q, size_q, first_k, size_k, *, causal, window) -> jax.Array:

@@ -16,14 +16,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from llm_jax.kernels.flash_attention.tpu import (
-    DIAGONAL,
     HIDDEN,
     MASKED,
     SKIP,
     Blocks,
+    Reach,
+    ahead_of,
     heads_at_once,
-    hide_later,
+    hide_outside,
     product,
+    reach_of,
     tiles_of,
     visible,
 )
@@ -66,13 +68,16 @@ def flash_backward(
     flat, queries = q.ndim == 3, q.shape[1 if q.ndim == 3 else 3]
     bq, bk = blocks.block_q, blocks.block_k
     many = kinds.shape[0] > 1
-    tile_q = max(size for _, _, size, _, _, _ in tiles_of(1, blocks, min(used - {SKIP}, default=SKIP)))
+    reach = reach_of(causal, window)
+    tiles = [tile for kind in used - {SKIP} or {SKIP} for tile in tiles_of(1, blocks, kind, reach)]
+    tile_q = max(size for _, _, size, _, _, _ in tiles)
     options = {
         "blocks": blocks,
         "used": used,
         "scale": scale,
         "softcap": softcap,
         "seen": functools.partial(visible, causal=causal, window=window),
+        "reach": reach,
         "many": many,
     }
 
@@ -186,7 +191,9 @@ class _Refs(NamedTuple):
     dp: Any
 
 
-def _keys_kernel(kinds_ref, fetch_ref, k_rows, *rest, fused, blocks, used, scale, softcap, seen, many):
+def _keys_kernel(
+    kinds_ref, fetch_ref, k_rows, *rest, fused, blocks, used, scale, softcap, seen, reach, many
+):
     """Gradients of one block of keys and values, from one block of queries of all their heads.
 
     fused: and those of all queries, which stay in VMEM until the last block of keys has been.
@@ -222,7 +229,9 @@ def _keys_kernel(kinds_ref, fetch_ref, k_rows, *rest, fused, blocks, used, scale
             q_sum[0][g, :, lanes] += product(k_rows[0, 0, :, keys], ds, 1, 0)
 
     for one in sorted(used - {SKIP}):
-        pl.when(kind == one)(functools.partial(_step, refs, blocks, one, seen, scale, softcap, add))
+        pl.when(kind == one)(
+            functools.partial(_step, refs, blocks, one, seen, reach, scale, softcap, add)
+        )
 
     @pl.when(i == pl.num_programs(3) - 1)
     def _():
@@ -247,7 +256,9 @@ def _write_queries(out, total, scale: float) -> None:
             out[0, 0, g] = grad
 
 
-def _queries_kernel(kinds_ref, fetch_ref, k_rows, *rest, blocks, used, scale, softcap, seen, many):
+def _queries_kernel(
+    kinds_ref, fetch_ref, k_rows, *rest, blocks, used, scale, softcap, seen, reach, many
+):
     """The gradient of one block of queries of all heads of a key head, from one block of keys."""
     del fetch_ref
     *inputs, q_out, q_sum, scores, dp = rest
@@ -265,16 +276,18 @@ def _queries_kernel(kinds_ref, fetch_ref, k_rows, *rest, blocks, used, scale, so
         q_sum[g, :, queries] += product(rows, ds.astype(rows.dtype), 1, 0)
 
     for one in sorted(used - {SKIP}):
-        pl.when(kind == one)(functools.partial(_step, refs, blocks, one, seen, scale, softcap, add))
+        pl.when(kind == one)(
+            functools.partial(_step, refs, blocks, one, seen, reach, scale, softcap, add)
+        )
 
     @pl.when(j == pl.num_programs(3) - 1)
     def _():
         _write_queries(q_out, q_sum, scale)
 
 
-def _step(refs: _Refs, blocks: Blocks, kind: int, seen, scale: float, softcap: float, add):
+def _step(refs: _Refs, blocks: Blocks, kind: int, seen, reach: Reach, scale: float, softcap: float, add):
     """add(head, queries, keys, p, ds) for each tile; s and dp of the next tile are made one ahead."""
-    tiles = list(tiles_of(refs.log.shape[2], blocks, kind))
+    tiles = list(tiles_of(refs.log.shape[2], blocks, kind, reach))
     to_log2 = math.log2(math.e)
 
     def products(n):
@@ -296,7 +309,7 @@ def _step(refs: _Refs, blocks: Blocks, kind: int, seen, scale: float, softcap: f
         if kind == MASKED:
             scores = jnp.where(seen(refs.ids, first_q, size_q, first_k, size_k), scores, HIDDEN)
         elif crossed:
-            scores = hide_later(scores, first_q, first_k + (kind - DIAGONAL) * blocks.block_k)
+            scores = hide_outside(scores, first_q - first_k - ahead_of(kind, blocks), reach)
         log, delta = (x[0, 0, pl.ds(g, 1), queries] for x in (refs.log, refs.delta))  # [1, size_q]
         p = jnp.exp2(scores - log * to_log2)
         ds = p * (refs.dp[part] - delta)
