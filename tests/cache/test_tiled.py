@@ -42,11 +42,11 @@ def interpreted(monkeypatch):
 @pytest.mark.parametrize(
     ("windows", "mesh"),
     [
-        ("full", ""),
-        ("mixed", "data:2,tensor:2"),
+        ("mixed", ""),
+        pytest.param("full", "", marks=pytest.mark.slow),
         pytest.param("window", "", marks=pytest.mark.slow),
         pytest.param("full", "tensor:8", marks=pytest.mark.slow),
-        pytest.param("mixed", "", marks=pytest.mark.slow),
+        pytest.param("mixed", "data:2,tensor:2", marks=pytest.mark.slow),
     ],
 )
 def test_decoding_equals_the_whole_forward(windows, mesh):

@@ -400,7 +400,7 @@ def test_a_query_without_any_key_has_no_gradient(implementation):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+@pytest.mark.parametrize("implementation", [pytest.param("pallas", marks=pytest.mark.slow), "xla"])
 def test_sinks_and_masks_of_blocks_and_their_gradients(implementation):
     batch, length, heads, dim = 2, 512, 2, 32
     q, k, v = drawn(5, batch, length, length, heads, 1, dim)

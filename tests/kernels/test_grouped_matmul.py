@@ -99,6 +99,7 @@ def test_gradients(sizes, rows, columns, depth, implementation):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of the infinite rows
+@pytest.mark.slow
 def test_rows_of_others_do_not_reach_a_gradient():
     """Not even where they are infinite."""
     sizes, rows = [20, 30, 10], 80

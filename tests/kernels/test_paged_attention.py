@@ -237,7 +237,9 @@ def test_two_cores_share_rows_and_heads(monkeypatch):
     compare(*MIXES["both"], kv_heads=1, dim=64)  # not, for one head
 
 
-@pytest.mark.parametrize("mix", ["single tokens", "chunks", pytest.param("both", marks=SLOW)])
+@pytest.mark.parametrize(
+    "mix", ["single tokens", *(pytest.param(mix, marks=SLOW) for mix in ("chunks", "both"))]
+)
 def test_no_buffer_is_used_while_a_dma_uses_it(mix):
     compare(*MIXES[mix], heads=2, kv_heads=1, checked=True)
 

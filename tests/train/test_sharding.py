@@ -29,7 +29,7 @@ CONFIG = ModelConfig(  # every axis that a mesh may split is a multiple of 8
 )
 STEPS = 50
 LEARNING_RATES = {"adamw": 3e-3, "adafactor": 3e-2, "lion": 1e-3, "muon": 3e-3, "sgd": 0.1}
-SPLIT_BY = {"fsdp": {"embed"}, "tensor": {"vocab", "heads", "kv_heads", "mlp"}}
+SPLIT_BY = {"fsdp": {"embed"}, "tensor": {"vocab", "heads", "kv_heads", "head_features", "mlp"}}
 
 
 def batch(step):
