@@ -24,7 +24,7 @@ BELOW = {  # room: the rooms it may import besides itself
     "cache": GROUND | {"kernels", "ops"},
     "compress": GROUND | {"kernels", "ops"},
     "checkpoint": MODEL_ROOMS,
-    "train": RUN_ROOMS,
+    "train": RUN_ROOMS - {"cache"},  # so no gradient ever goes through pages
     "infer": RUN_ROOMS,
     "engine": ENGINE_ROOMS,
     "serve": ENGINE_ROOMS,
