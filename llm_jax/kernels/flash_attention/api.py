@@ -220,12 +220,14 @@ def block_rule(rule: ChipRule, groups: int, dim: int, itemsize: int) -> Blocks:
     many.
 
     Wide tiles keep the matrix units busy; what grows with block_q are the query and result blocks, the
-    running sums and the scores of two tiles.
+    running sums and the scores of two tiles. Where few rows hide the loading of weights, tiles at the
+    edges of masks are smaller, which computes less that is hidden.
     """
-    blocks = Blocks(1024, 1024, 512, 512)
+    edge = min(512, 2 * rule.pass_rows)
+    blocks = Blocks(1024, 1024, 512, edge)
     while blocks.block_q > LANES and _vmem(blocks, groups, dim, itemsize) > rule.vmem_bytes * 5 // 8:
         half = blocks.block_q // 2
-        blocks = Blocks(half, min(half, blocks.block_k), min(half, 512), min(half, 512))
+        blocks = Blocks(half, min(half, blocks.block_k), min(half, 512), min(half, edge))
     return blocks
 
 
