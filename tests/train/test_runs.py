@@ -336,6 +336,7 @@ def test_bad_settings_name_the_field(change, message):
         from_dict(ClassificationConfig, good | change)
 
 
+@pytest.mark.slow
 def test_pretraining_has_a_dropout_of_its_own(tmp_path):
     data = tmp_path / "data.tsv"
     write_reviews(data, 40, 0)
