@@ -1,16 +1,14 @@
 """Key/value caches: contexts that remember keys between calls of the model."""
 
 from llm_jax.cache.choice import Cache, abstract_cache, init_cache
-from llm_jax.cache.dense import DenseCache, DensePrefill, init_dense
-from llm_jax.cache.tiled import TiledCache, TiledPrefill
+from llm_jax.cache.dense import DenseCache, Prefill
+from llm_jax.cache.tiled import TiledCache
 
 __all__ = [
     "Cache",
     "DenseCache",
-    "DensePrefill",
+    "Prefill",
     "TiledCache",
-    "TiledPrefill",
     "abstract_cache",
     "init_cache",
-    "init_dense",
 ]

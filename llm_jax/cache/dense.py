@@ -4,7 +4,7 @@ Letters: L layers, B batch, T new tokens, S slots, W window, N query heads, K ca
 
 Layers with full attention keep S slots, slot = position. Layers with a sliding window keep a ring of
 W slots, slot = position mod W, so a window layer's memory does not grow with the text. Both pools
-ride in the carry of the layer scan and are updated in place. `DensePrefill` is the same cache seen by
+ride in the carry of the layer scan and are updated in place. `Prefill` is the same cache seen by
 a prompt: it attends within the prompt (nothing came before) and stores what decoding will need.
 
 A cache holds lcm(kv heads, tensor shards) heads when the tensor axis does not divide the kv heads, so
@@ -52,6 +52,14 @@ class DenseCache:
         run = partial(_attend_new, causal=causal, scale=scale, softcap=softcap)
         return self._apply(run, layer, q, k, v, positions, window)
 
+    def attend_prompt(
+        self, layer, q, k, v, lengths, *, positions, window, causal, scale, softcap, implementation
+    ):
+        """`attend` of `Prefill`."""
+        options = {"causal": causal, "scale": scale, "softcap": softcap}
+        run = partial(_attend_prompt, implementation=implementation, **options)
+        return self._apply(run, layer, q, k, v, positions, window, lengths)
+
     def dropout(self, x, rate, layer, site):
         return x
 
@@ -73,9 +81,9 @@ class DenseCache:
         taken = jax.tree.map(lambda x: rows_within(x, max(x.ndim - 4, 0), parents), self)
         return taken.constrained()
 
-    def prefill(self, lengths: jax.Array) -> "DensePrefill":
+    def prefill(self, lengths: jax.Array) -> "Prefill":
         """This cache, empty, as the context of prompts of `lengths` [B] tokens."""
-        return DensePrefill(self, lengths)
+        return Prefill(self, lengths)
 
     def constrained(self) -> "DenseCache":
         """With its sharding pinned, so that steps return what they were given."""
@@ -106,22 +114,21 @@ class DenseCache:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DensePrefill:
-    """An empty `DenseCache` taking in right-padded prompts of `lengths` tokens."""
+class Prefill:
+    """An empty `DenseCache` or `TiledCache` taking in right-padded prompts of `lengths` tokens."""
 
-    cache: DenseCache
+    cache: Any
     lengths: jax.Array  # [B] int32
 
-    def attend(self, layer, q, k, v, *, positions, window, causal, scale, softcap, implementation):
-        options = {"causal": causal, "scale": scale, "softcap": softcap}
-        run = partial(_attend_prompt, implementation=implementation, **options)
-        out, cache = self.cache._apply(run, layer, q, k, v, positions, window, self.lengths)
+    def attend(self, layer, q, k, v, **how):
+        """See `AttentionContext`."""
+        out, cache = self.cache.attend_prompt(layer, q, k, v, self.lengths, **how)
         return out, dataclasses.replace(self, cache=cache)
 
     def dropout(self, x, rate, layer, site):
         return x
 
-    def done(self) -> DenseCache:
+    def done(self) -> Any:
         """The cache with the prompts in it."""
         return dataclasses.replace(self.cache, length=self.lengths)
 
@@ -137,19 +144,6 @@ def cached_heads(config: ModelConfig, mesh: Mesh) -> int:
     if config.num_heads % shards:
         return config.num_kv_heads  # queries are not split either
     return math.lcm(config.num_kv_heads, shards)
-
-
-def init_dense(
-    config: ModelConfig, batch: int, size: int, mesh: Mesh, *, per_layer: bool = False
-) -> DenseCache:
-    """An empty cache for `batch` sequences of up to `size` tokens, born on its shards.
-
-    per_layer: one array per layer instead of a stack, for unrolled layers (see `tree.PerLayer`).
-    Raises ValueError when windowed layers differ in their window.
-    """
-    abstract = abstract_dense(config, batch, size, mesh, per_layer=per_layer)
-    zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract)  # noqa: E731
-    return jax.jit(zeros, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
 
 
 def ring_windows(config: ModelConfig, size: int) -> tuple[tuple[int, ...], int]:
@@ -168,7 +162,7 @@ def ring_windows(config: ModelConfig, size: int) -> tuple[tuple[int, ...], int]:
 def abstract_dense(
     config: ModelConfig, batch: int, size: int, mesh: Mesh, *, per_layer: bool = False
 ) -> DenseCache:
-    """Shapes, dtypes and shardings of what `init_dense` allocates, for compiling ahead of time."""
+    """Shapes, dtypes and shardings of an empty cache; see `choice.init_cache`."""
     windows, window = ring_windows(config, size)
     num_ring = sum(w > 0 for w in windows)
     heads, dtype = cached_heads(config, mesh), jnp.dtype(config.cache_dtype)

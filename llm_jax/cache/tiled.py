@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llm_jax.cache.dense import (
+    Prefill,
     cached_heads,
     layer_slots,
     repeat_heads,
@@ -52,6 +53,15 @@ class TiledCache:
         run = functools.partial(_attend_one, scale=scale, softcap=softcap or 0.0)
         return self._apply(run, layer, q, k, v, window)
 
+    def attend_prompt(
+        self, layer, q, k, v, lengths, *, positions, window, causal, scale, softcap, implementation
+    ):
+        """`attend` of `Prefill`."""
+        assert causal, "a cache serves causal models"
+        options = {"scale": scale, "softcap": softcap, "implementation": implementation}
+        run = functools.partial(_attend_prompt, **options)
+        return self._apply(run, layer, q, k, v, window, positions, lengths)
+
     def dropout(self, x, rate, layer, site):
         return x
 
@@ -68,9 +78,9 @@ class TiledCache:
         taken = jax.tree.map(lambda x: rows_within(x, min(x.ndim - 1, 1), parents), self)
         return taken.constrained()
 
-    def prefill(self, lengths: jax.Array) -> "TiledPrefill":
+    def prefill(self, lengths: jax.Array) -> Prefill:
         """This cache, empty, as the context of prompts of `lengths` [B] tokens."""
-        return TiledPrefill(self, lengths)
+        return Prefill(self, lengths)
 
     def constrained(self) -> "TiledCache":
         """With its sharding pinned, so that steps return what they were given."""
@@ -101,29 +111,6 @@ class TiledCache:
             return on("full" if self.ring is None else "ring")
         is_ring = jnp.asarray(self.windows)[layer] > 0
         return jax.lax.cond(is_ring, lambda: on("ring"), lambda: on("full"))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TiledPrefill:
-    """An empty `TiledCache` taking in right-padded prompts of `lengths` tokens."""
-
-    cache: TiledCache
-    lengths: jax.Array  # [B] int32
-
-    def attend(self, layer, q, k, v, *, positions, window, causal, scale, softcap, implementation):
-        assert causal, "a cache serves causal models"
-        options = {"scale": scale, "softcap": softcap, "implementation": implementation}
-        run = functools.partial(_attend_prompt, **options)
-        out, cache = self.cache._apply(run, layer, q, k, v, window, positions, self.lengths)
-        return out, dataclasses.replace(self, cache=cache)
-
-    def dropout(self, x, rate, layer, site):
-        return x
-
-    def done(self) -> TiledCache:
-        """The cache with the prompts in it."""
-        return dataclasses.replace(self.cache, length=self.lengths)
 
 
 def why_not_tiled(config: ModelConfig, size: int) -> str:

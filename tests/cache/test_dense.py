@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.cache import DensePrefill, init_dense
+from llm_jax.cache import init_cache
 from llm_jax.cache.dense import cached_heads
 from llm_jax.config import ModelConfig
 from llm_jax.models import describe, init_params
@@ -42,7 +42,7 @@ def run(model, mesh, per_layer, tokens):
     @jax.jit
     def prefill(params, cache, tokens, lengths):
         net = model.bind(params)
-        hidden, context = net(tokens, positions[:, : tokens.shape[1]], DensePrefill(cache, lengths))
+        hidden, context = net(tokens, positions[:, : tokens.shape[1]], cache.prefill(lengths))
         return net.unembed(hidden), context.done()
 
     @jax.jit
@@ -55,7 +55,7 @@ def run(model, mesh, per_layer, tokens):
     rows = np.arange(B)
     with jax.set_mesh(mesh):
         expected = np.asarray(full(params))
-        cache = init_dense(model.config, B, 32, mesh, per_layer=per_layer)
+        cache = init_cache(model.config, B, 32, mesh, per_layer=per_layer)
         logits, cache = prefill(params, cache, tokens[:, :8], jnp.asarray(LENGTHS))
         pairs = [(np.asarray(logits)[rows, LENGTHS - 1], expected[rows, LENGTHS - 1])]
         for start, n in ((0, 1), (1, 1), (2, 3)):
@@ -79,10 +79,10 @@ def test_decoding_equals_the_whole_forward(windows, mesh, per_layer):
 
 
 def test_window_layers_keep_only_their_window():
-    cache = init_dense(describe(config((4, 4, 0, 4))).config, B, 64, make_mesh(""))
+    cache = init_cache(describe(config((4, 4, 0, 4))).config, B, 64, make_mesh(""))
     assert cache.ring[0].shape == (3, B, 4, 4, 8)
     assert cache.full[0].shape == (1, B, 4, 64, 8)
-    everything_fits = init_dense(describe(config((4,) * 4)).config, B, 4, make_mesh(""))
+    everything_fits = init_cache(describe(config((4,) * 4)).config, B, 4, make_mesh(""))
     assert everything_fits.ring is None
 
 
@@ -106,4 +106,4 @@ def test_cached_heads_divide_over_the_shards_and_group_the_queries(shards):
 
 def test_windows_of_several_sizes_are_refused():
     with pytest.raises(ValueError, match="windows.*share one size"):
-        init_dense(describe(config((4, 8, 0, 4))).config, B, 64, make_mesh(""))
+        init_cache(describe(config((4, 8, 0, 4))).config, B, 64, make_mesh(""))

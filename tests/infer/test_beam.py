@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from llm_jax import LLM, SamplingParams  # noqa: E402
-from llm_jax.cache import init_dense  # noqa: E402
+from llm_jax.cache import init_cache  # noqa: E402
 from llm_jax.checkpoint.hf import load_config, load_generation_config, load_hf  # noqa: E402
 from llm_jax.data.tokenizer import ByteTokenizer  # noqa: E402
 from llm_jax.models import describe  # noqa: E402
@@ -242,7 +242,7 @@ def test_sharded(mesh):
 
 def test_reordering_stays_on_its_shard():
     ours, _ = models("llama", "data:2,fsdp:4")
-    cache = init_dense(ours.model.config, 24, 64, ours.mesh)
+    cache = init_cache(ours.model.config, 24, 64, ours.mesh)
     with jax.set_mesh(ours.mesh):
         move = jax.jit(lambda cache, parents: cache.take_within(parents))
         program = move.lower(cache, np.zeros((8, 3), np.int32)).compile()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.cache import init_dense
+from llm_jax.cache import init_cache
 from llm_jax.config import ModelConfig
 from llm_jax.infer.steps import DecodeState, make_decode, make_forward, make_prefill
 from llm_jax.models import describe, init_params
@@ -27,7 +27,7 @@ def abstract(model, mesh, batch=4):
         model.shapes,
         model.shardings(mesh),
     )
-    cache = init_dense(model.config, batch, 32, mesh)
+    cache = init_cache(model.config, batch, 32, mesh)
     return shapes, jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), cache
     )
@@ -61,7 +61,7 @@ def test_the_program_does_not_grow_with_depth():
 def test_caches_are_donated_and_updated_in_place():
     model, mesh = describe(CONFIG), make_mesh("")
     params = init_params(model, mesh, jax.random.key(0))
-    cache = init_dense(model.config, 2, 32, mesh)
+    cache = init_cache(model.config, 2, 32, mesh)
     tokens, lengths = np.ones((2, 16), np.int32), np.array([16, 3], np.int32)
     compiled = make_prefill(model).lower(params, cache, tokens, lengths).compile()
     pool_bytes = sum(x.nbytes for x in cache.full)
@@ -85,7 +85,7 @@ def test_steps_stop_when_asked_and_when_every_row_is_done(max_steps):
         default_seed=0,
     )
     _, cache = make_prefill(model)(
-        params, init_dense(model.config, 2, 32, mesh), prompts, np.full(2, 16)
+        params, init_cache(model.config, 2, 32, mesh), prompts, np.full(2, 16)
     )
     decode = make_decode(model, features, max_steps)
     stops = np.full((2, 1), -1, np.int32)

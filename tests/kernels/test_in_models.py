@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.cache import init_dense
+from llm_jax.cache import init_cache
 from llm_jax.config import ModelConfig
 from llm_jax.infer.steps import make_prefill
 from llm_jax.kernels.flash_attention.api import flash_attention
@@ -81,7 +81,7 @@ def test_prompts(on_tpu, mesh):
 
     def results():
         with jax.set_mesh(mesh):
-            return make_prefill(model)(params, init_dense(model.config, 4, 256, mesh), tokens, lengths)
+            return make_prefill(model)(params, init_cache(model.config, 4, 256, mesh), tokens, lengths)
 
     logits, cache = results()
     calls = on_tpu()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.kernels.chips import ChipRule, chip_rule, device_kind
-from llm_jax.kernels.choice import Choice
+from llm_jax.kernels.choice import Choice, attention_refusal
 from llm_jax.kernels.flash_attention.plan import fetched, plan_by_ids, plan_by_index
 from llm_jax.kernels.flash_attention.reference import reference_attention
 from llm_jax.kernels.flash_attention.tpu import (
@@ -34,12 +34,8 @@ IMPLEMENTATIONS = ("pallas", "xla")
 def choose(q: jax.Array, k: jax.Array, kind: str | None = None) -> Choice:
     """What `flash_attention` takes for such arrays (or shapes) on a kind of device, or on ours."""
     kind = device_kind() if kind is None else kind
-    if not kind.startswith("TPU"):
-        return Choice("xla", f"there is no kernel for {kind}")
-    if q.dtype not in (jnp.bfloat16, jnp.float32):
-        return Choice("xla", f"the kernel computes in bfloat16 and float32, not {q.dtype}")
-    if q.shape[-1] % 16:
-        return Choice("xla", f"head_dim={q.shape[-1]} is no multiple of 16")
+    if refusal := attention_refusal(q, kind):
+        return Choice("xla", refusal)
     if q.shape[1] < LANES or k.shape[2] < LANES:
         sizes = f"{q.shape[1]} queries and {k.shape[2]} keys"
         return Choice("xla", f"{sizes}: below {LANES} the kernel would mostly compute padding", True)

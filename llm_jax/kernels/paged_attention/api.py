@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.kernels.chips import ChipRule, chip_rule, device_kind
-from llm_jax.kernels.choice import Choice
+from llm_jax.kernels.choice import Choice, attention_refusal
 from llm_jax.kernels.paged_attention.reference import reference_paged_attention
 from llm_jax.kernels.paged_attention.scales import LANES, spread_scales
 from llm_jax.kernels.paged_attention.tpu_chunk import ChunkSizes, chunk_attention
@@ -44,12 +44,8 @@ class Sizes:
 def choose(q: jax.Array, pages: Pages, rows: Rows, kind: str | None = None) -> Choice:
     """What `paged_attention` takes for such arrays (or shapes) on a kind of device, or on ours."""
     kind = device_kind() if kind is None else kind
-    if not kind.startswith("TPU"):
-        return Choice("xla", f"there is no kernel for {kind}")
-    if q.dtype not in (jnp.bfloat16, jnp.float32):
-        return Choice("xla", f"the kernel computes in bfloat16 and float32, not {q.dtype}")
-    if q.shape[-1] % 16:
-        return Choice("xla", f"head_dim={q.shape[-1]} is no multiple of 16")
+    if refusal := attention_refusal(q, kind):
+        return Choice("xla", refusal)
     table = math.prod(rows.table.shape) * 4
     if table > TABLE_BYTES:
         shape = "x".join(map(str, rows.table.shape))
@@ -207,7 +203,7 @@ def _chunks(q, out, new, held, rows: Rows, layer, window, *, cores, sizes, scale
     if short > 0:
         tokens = [jnp.pad(x, ((0, short), (0, 0))) for x in tokens]
     held = write_pages(tuple(tokens), held, layer, *of_rows, kv_heads=kv_heads, cores=cores, **how)
-    cores = cores if lanes % (cores * LANES) == 0 and kv_heads % cores == 0 else 1
+    cores = _sharing(cores, lanes, dim)
     out = jnp.pad(out.reshape(out.shape[0], -1), ((0, count - out.shape[0]), (0, 0)))
     out = chunk_attention(
         q.reshape(count, -1),
@@ -224,6 +220,11 @@ def _chunks(q, out, new, held, rows: Rows, layer, window, *, cores, sizes, scale
         **how,
     )
     return out.reshape(q.shape), tuple(held)
+
+
+def _sharing(cores: int, lanes: int, dim: int) -> int:
+    """How many cores divide the key heads of a chunk: all, or one."""
+    return cores if lanes % (cores * LANES) == 0 and lanes // dim % cores == 0 else 1
 
 
 def _lane_padded(x: jax.Array) -> jax.Array:
@@ -276,10 +277,9 @@ def size_rule(rule: ChipRule, q: jax.Array, pages: Pages, pages_of_row: int) -> 
     at_once = _pages(min(max(most, LANES), 4096, longest), page)
     at_once_of_chunk = _pages(min(512, longest), page)
     block_q = min(512, max(LANES, 1 << (count - 1).bit_length()))
-    while (
-        block_q > LANES
-        and _chunk_vmem(block_q, at_once_of_chunk * page, q, token) > rule.vmem_bytes // 2
-    ):
+    share = _sharing(rule.cores, lanes, dim)
+    needed = lambda rows: _chunk_vmem(rows, at_once_of_chunk * page, q, token) // share  # noqa: E731
+    while block_q > LANES and needed(block_q) > rule.vmem_bytes * 2 // 3:
         block_q //= 2
     return Sizes(DecodeSizes(at_once, 3), ChunkSizes(block_q, at_once_of_chunk, 3))
 

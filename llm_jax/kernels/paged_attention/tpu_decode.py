@@ -83,7 +83,9 @@ class _Computed(NamedTuple):
         return jnp.minimum(self.lengths[row] + 1, self.tokens)
 
     def slot(self, row):
-        return self.lengths[row] % self.tokens if self.order.ring else self.lengths[row]
+        """Inside in any case: a token that no block holds would leave a wait without its DMA."""
+        length = self.lengths[row]
+        return length % self.tokens if self.order.ring else jnp.minimum(length, self.tokens - 1)
 
 
 class _Refs(NamedTuple):

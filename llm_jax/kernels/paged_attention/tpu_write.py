@@ -8,6 +8,7 @@ anywhere among the new ones: a window around them, which DMAs can fetch, is turn
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -63,7 +64,10 @@ def write_pages(
     """
     page = pages[0].shape[3]
     count = len(new)
-    buffers = min(16, max(4, 1024 // page))
+    # Small pages wait for the latency of DMAs, large ones for room.
+    step = sum((page + CHUNK_ALIGNMENT) * x.shape[1] * x.dtype.itemsize for x in new)
+    step += sum(math.prod(x.shape[2:]) * x.dtype.itemsize for x in pages)
+    buffers = max(IN_FLIGHT + 1, min(16, max(4, 1024 // page), vmem_limit // 2 // step))
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     scratch = [
         *(pltpu.VMEM((buffers, page + CHUNK_ALIGNMENT, x.shape[1]), x.dtype) for x in new),
