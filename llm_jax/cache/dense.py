@@ -47,17 +47,14 @@ class DenseCache:
     length: jax.Array  # [B] int32, tokens stored in each row
     windows: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # of each layer, 0 = full
 
-    def attend(self, layer, q, k, v, *, positions, window, causal, scale, softcap, implementation):
+    def attend(self, layer, q, k, v, *, positions, window, options):
         """See `AttentionContext`. New tokens are real (no padding) and positions consecutive."""
-        run = partial(_attend_new, causal=causal, scale=scale, softcap=softcap)
+        run = partial(_attend_new, options)
         return self._apply(run, layer, q, k, v, positions, window)
 
-    def attend_prompt(
-        self, layer, q, k, v, lengths, *, positions, window, causal, scale, softcap, implementation
-    ):
+    def attend_prompt(self, layer, q, k, v, lengths, *, positions, window, options):
         """`attend` of `Prefill`."""
-        options = {"causal": causal, "scale": scale, "softcap": softcap}
-        run = partial(_attend_prompt, implementation=implementation, **options)
+        run = partial(_attend_prompt, options)
         return self._apply(run, layer, q, k, v, positions, window, lengths)
 
     def dropout(self, x, rate, layer, site):
@@ -230,12 +227,10 @@ def _on_pool(run, pool, slots, layer):
     return call
 
 
-def _attend_new(
-    k_pool, v_pool, slot, q, k, v, length, positions, *, window, ring, stacked, causal, scale, softcap
-):
+def _attend_new(options, k_pool, v_pool, slot, q, k, v, length, positions, *, window, ring, stacked):
     """Attend over stored and new tokens, and store the new ones."""
-    assert causal, "a cache serves causal models"
-    attend = partial(dot_product_attention, scale=scale, softcap=softcap)
+    assert options.causal, "a cache serves causal models"
+    attend = partial(dot_product_attention, scale=options.scale, softcap=options.softcap)
     capacity = k_pool.shape[-2]
     old_k, old_v = (_layer(p, slot, stacked) for p in (k_pool, v_pool))
     last = positions[:, -1:]
@@ -258,27 +253,10 @@ def _attend_new(
 
 
 def _attend_prompt(
-    k_pool,
-    v_pool,
-    slot,
-    q,
-    k,
-    v,
-    length,
-    positions,
-    lengths,
-    *,
-    window,
-    ring,
-    stacked,
-    causal,
-    scale,
-    softcap,
-    implementation,
+    options, k_pool, v_pool, slot, q, k, v, length, positions, lengths, *, window, ring, stacked
 ):
     """Attend within the prompt and store it: all of it, or what the ring holds of it."""
-    assert causal, "a cache serves causal models"
-    out = prompt_attention(q, k, v, positions, lengths, window, scale, softcap, implementation)
+    out = prompt_attention(q, k, v, positions, lengths, window, options)
     keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))
     if ring:
         held = jnp.maximum(ring_positions(lengths[:, None] - 1, k_pool.shape[-2]), 0)

@@ -45,21 +45,17 @@ class TiledCache:
     length: jax.Array  # [B] int32, tokens stored in each row
     windows: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # of each layer, 0 = full
 
-    def attend(self, layer, q, k, v, *, positions, window, causal, scale, softcap, implementation):
+    def attend(self, layer, q, k, v, *, positions, window, options):
         """See `AttentionContext`; one new token a row."""
-        assert causal, "a cache serves causal models"
+        assert options.causal, "a cache serves causal models"
         if q.shape[1] != 1:
             raise ValueError(f"{q.shape[1]} new tokens a row: a cache of tiles takes one at a time")
-        run = functools.partial(_attend_one, scale=scale, softcap=softcap or 0.0)
+        run = functools.partial(_attend_one, options)
         return self._apply(run, layer, q, k, v, window)
 
-    def attend_prompt(
-        self, layer, q, k, v, lengths, *, positions, window, causal, scale, softcap, implementation
-    ):
+    def attend_prompt(self, layer, q, k, v, lengths, *, positions, window, options):
         """`attend` of `Prefill`."""
-        assert causal, "a cache serves causal models"
-        options = {"scale": scale, "softcap": softcap, "implementation": implementation}
-        run = functools.partial(_attend_prompt, **options)
+        run = functools.partial(_attend_prompt, options)
         return self._apply(run, layer, q, k, v, window, positions, lengths)
 
     def dropout(self, x, rate, layer, site):
@@ -154,22 +150,20 @@ def _axes(x: Any) -> tuple[str | None, ...]:
     return ("batch",) if x.ndim == 1 else POOL
 
 
-def _attend_one(pool, slot, q, k, v, length, window, *, ring, scale, softcap):
+def _attend_one(options, pool, slot, q, k, v, length, window, *, ring):
     """Store a token of every row and attend to all: q [B, 1, N, H], k and v [B, 1, K, H]."""
     layers, batch, tiles, *tile = pool.shape
     pages = Pages(pool.reshape(layers, batch * tiles, *tile), None)
     q, k, v = (x[:, 0] for x in (q, k, v))
-    how = {"scale": scale, "softcap": softcap, "window": window, "ring": ring}
+    how = {"scale": options.scale, "softcap": options.softcap or 0.0, "window": window, "ring": ring}
     out, pages = contiguous_attention(q, k, v, pages, slot, length, **how)
     return out[:, None], pages.tokens.reshape(pool.shape)
 
 
-def _attend_prompt(
-    pool, slot, q, k, v, length, window, positions, lengths, *, ring, scale, softcap, implementation
-):
+def _attend_prompt(options, pool, slot, q, k, v, length, window, positions, lengths, *, ring):
     """Attend within the prompt and store it: all of it, or what the ring holds of it."""
     _, batch, tiles, _, tile, lanes = pool.shape
-    out = prompt_attention(q, k, v, positions, lengths, window, scale, softcap, implementation)
+    out = prompt_attention(q, k, v, positions, lengths, window, options)
     if ring:
         held = jnp.maximum(ring_positions(lengths[:, None] - 1, tiles * tile), 0)
         k, v = (jnp.take_along_axis(x, held[:, :, None, None], axis=1, mode="clip") for x in (k, v))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm_jax.config import ModelConfig
-from llm_jax.ops.attention import AttentionContext
+from llm_jax.ops.attention import AttentionContext, AttentionOptions
 from llm_jax.ops.linear import linear
 from llm_jax.ops.norms import layer_norm, rms_norm
 from llm_jax.ops.rope import apply_rope
@@ -79,8 +79,9 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         d, n, k, h = cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-        self.causal, self.softcap, self.implementation = cfg.causal, cfg.attn_softcap, cfg.attention
-        self.scale = cfg.head_dim**-0.5 if cfg.attn_scale is None else cfg.attn_scale
+        scale = cfg.head_dim**-0.5 if cfg.attn_scale is None else cfg.attn_scale
+        windows = tuple(sorted(set(cfg.layer_windows)))
+        self.options = AttentionOptions(cfg.causal, scale, cfg.attn_softcap, cfg.attention, windows)
         self.wq = weight(rngs, (n, h, d), ("heads", "head_dim", "embed"), ("embed",))
         self.wk = weight(rngs, (k, h, d), ("kv_heads", "head_dim", "embed"), ("embed",))
         self.wv = weight(rngs, (k, h, d), ("kv_heads", "head_dim", "embed"), ("embed",))
@@ -116,10 +117,7 @@ class Attention(nnx.Module):
             shard(v, "batch", "seq", "kv_heads", None),
             positions=positions,
             window=window,
-            causal=self.causal,
-            scale=self.scale,
-            softcap=self.softcap,
-            implementation=self.implementation,
+            options=self.options,
         )
         out = shard(out, "batch", "seq", "heads", None).reshape(*out.shape[:2], -1)
         return add_bias(linear(out, self.wo), self.bo), context

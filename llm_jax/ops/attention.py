@@ -9,6 +9,7 @@ step reads once per token.
 
 import dataclasses
 import math
+from functools import partial
 from typing import Protocol, Self
 
 import jax
@@ -24,6 +25,17 @@ ROWS = ("batch", "seq")
 MASKED = -1e30  # finite, so that a row with no key at all (padding) stays finite too
 
 
+@dataclasses.dataclass(frozen=True)
+class AttentionOptions:
+    """What attention has in common in all layers of a model."""
+
+    causal: bool
+    scale: float
+    softcap: float | None = None
+    implementation: str = "auto"  # see `ModelConfig.attention`
+    windows: tuple[int, ...] = (0,)  # those that a layer may have
+
+
 class AttentionContext(Protocol):
     """What carries keys and values through the layers; a pytree, returned changed."""
 
@@ -36,15 +48,12 @@ class AttentionContext(Protocol):
         *,
         positions: jax.Array,
         window: jax.Array | int,
-        causal: bool,
-        scale: float,
-        softcap: float | None,
-        implementation: str,
+        options: AttentionOptions,
     ) -> tuple[jax.Array, Self]:
         """q [B, T, N, H], k and v [B, T, K, H], positions [B, T] -> [B, T, N, H], context.
 
-        window: keys further back than window - 1 positions are hidden, 0 = none are. implementation:
-        see `ModelConfig.attention`.
+        window: keys further back than window - 1 positions are hidden, 0 = none are; an array [] where
+        layers are scanned that differ in it.
         """
         ...
 
@@ -118,43 +127,52 @@ def causal_attention(
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
-def kernel_serves(q: jax.Array, k: jax.Array, window: jax.Array | int, implementation: str) -> bool:
+def kernel_serves(q: jax.Array, k: jax.Array, implementation: str) -> bool:
     """Whether a kernel computes attention within a batch: q [B, T, N, H], k [B, T, K, H].
 
-    A window that differs between scanned layers is data, which the kernel does not take. Raises
-    ValueError where implementation is "pallas" and it cannot.
+    Raises ValueError where implementation is "pallas" and it cannot.
     """
     if implementation == "xla":
         return False
     heads_major = jax.ShapeDtypeStruct((k.shape[0], k.shape[2], k.shape[1], k.shape[3]), k.dtype)
     choice = choose(q, heads_major)
     if implementation == "auto":
-        return isinstance(window, int) and choice.implementation == "pallas"
+        return choice.implementation == "pallas"
     if not choice.possible:
         raise ValueError(f"attention='pallas': {choice.reason}; take 'auto' or 'xla'")
-    if not isinstance(window, int):
-        raise ValueError("attention='pallas': windows differ between layers; take 'auto' or 'xla'")
     return True
 
 
-def self_attention(q, k, v, window, causal, scale, softcap, **pairs) -> jax.Array:
-    """The kernel for q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]; see `flash_attention`."""
+def self_attention(q, k, v, window, options: AttentionOptions, **pairs) -> jax.Array:
+    """The kernel for q [B, T, N, H], k and v [B, T, K, H] -> [B, T, N, H]; see `flash_attention`.
+
+    A kernel knows its window when it is compiled: there is one for each that a layer may have.
+    """
     k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
-    options = {"scale": scale, "causal": causal, "window": window, "softcap": softcap or 0.0}
-    return flash_attention(q, k, v, implementation="pallas", **options, **pairs)[0]
+    how = {"scale": options.scale, "causal": options.causal, "softcap": options.softcap or 0.0}
+
+    def run(window, q, k, v, pairs):
+        return flash_attention(q, k, v, implementation="pallas", window=window, **how, **pairs)[0]
+
+    if isinstance(window, int):
+        return run(window, q, k, v, pairs)
+    branches = [partial(run, choice) for choice in options.windows]
+    which = jnp.argmax(jnp.asarray(options.windows) == window)
+    return jax.lax.switch(which, branches, q, k, v, pairs)
 
 
-def prompt_attention(q, k, v, positions, lengths, window, scale, softcap, implementation) -> jax.Array:
+def prompt_attention(q, k, v, positions, lengths, window, options: AttentionOptions) -> jax.Array:
     """Causal attention within right-padded prompts of `lengths` [B] tokens: q [B, T, N, H], k and v
     [B, T, K, H] -> [B, T, N, H].
     """
-    if kernel_serves(q, k, window, implementation):
+    assert options.causal, "a cache serves causal models"
+    if kernel_serves(q, k, options.implementation):
         # Padding comes after all tokens, which do not see it.
-        return self_attention(q, k, v, window, True, scale, softcap)
+        return self_attention(q, k, v, window, options)
     keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))
     key_positions = jnp.where(positions < lengths[:, None], positions, -1)
     mask = attention_mask(positions, key_positions, window=window, causal=True)
-    return causal_attention(q, keys, values, mask, scale=scale, softcap=softcap)
+    return causal_attention(q, keys, values, mask, scale=options.scale, softcap=options.softcap)
 
 
 @jax.tree_util.register_dataclass
@@ -168,28 +186,31 @@ class FullContext:
     segment_ids: jax.Array  # [B, T] int32
     dropout_key: jax.Array | None = None  # None = no dropout (evaluation)
 
-    def attend(self, layer, q, k, v, *, positions, window, causal, scale, softcap, implementation):
-        if kernel_serves(q, k, window, implementation):
-            return self._by_kernel(q, k, v, positions, window, causal, scale, softcap), self
-        mask = attention_mask(positions, positions, window=window, causal=causal)
+    def attend(self, layer, q, k, v, *, positions, window, options):
+        if kernel_serves(q, k, options.implementation):
+            return self._by_kernel(q, k, v, positions, window, options), self
+        mask = attention_mask(positions, positions, window=window, causal=options.causal)
         mask &= self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
         k, v = (shard(x.transpose(0, 2, 1, 3), "batch", "kv_heads", "seq", None) for x in (k, v))
-        attention = causal_attention if causal else dot_product_attention
-        return attention(q, k, v, mask, scale=scale, softcap=softcap), self
+        attention = causal_attention if options.causal else dot_product_attention
+        return attention(q, k, v, mask, scale=options.scale, softcap=options.softcap), self
 
-    def _by_kernel(self, q, k, v, positions, window, causal, scale, softcap):
+    def _by_kernel(self, q, k, v, positions, window, options):
         """The same on a TPU, each device its own rows and heads."""
         mesh = jax.sharding.get_abstract_mesh()
         tensor = 1 if mesh.empty else mesh.shape["tensor"]
         if q.shape[2] % tensor == 0 and k.shape[2] % tensor:  # then each shard has what its queries read
             k, v = (jnp.repeat(x, math.lcm(x.shape[2], tensor) // x.shape[2], axis=2) for x in (k, v))
 
-        def local(q, k, v, positions, segment_ids):
-            pairs = {"positions": (positions, positions), "segments": (segment_ids, segment_ids)}
-            return (self_attention(q, k, v, window, causal, scale, softcap, **pairs),)
+        given = () if isinstance(window, int) else (window,)
 
-        in_axes = [QUERY, KEY, KEY, ROWS, ROWS]
-        (out,) = on_shards(local, in_axes, out_like=(0,))(q, k, v, positions, self.segment_ids)
+        def local(q, k, v, positions, segment_ids, *given):
+            pairs = {"positions": (positions, positions), "segments": (segment_ids, segment_ids)}
+            return (self_attention(q, k, v, given[0] if given else window, options, **pairs),)
+
+        in_axes = [QUERY, KEY, KEY, ROWS, ROWS, *[()] * len(given)]
+        args = (q, k, v, positions, self.segment_ids, *given)
+        (out,) = on_shards(local, in_axes, out_like=(0,))(*args)
         return out
 
     def dropout(self, x, rate, layer, site):

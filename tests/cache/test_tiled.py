@@ -12,7 +12,7 @@ from llm_jax.cache.tiled import abstract_tiled, tile_of, why_not_tiled
 from llm_jax.config import ModelConfig
 from llm_jax.infer.steps import make_forward, make_prefill
 from llm_jax.models import describe, init_params
-from llm_jax.ops.attention import FullContext
+from llm_jax.ops.attention import AttentionOptions, FullContext
 from llm_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.lenient  # jax's simulator promotes
@@ -113,6 +113,6 @@ def test_tiles_are_for_tpus_and_models_that_the_kernel_serves():
 def test_several_new_tokens_are_refused():
     cache = empty(describe(config()), make_mesh(""))
     x = jnp.zeros((B, 2, 8, 16))
-    how = {"window": 0, "causal": True, "scale": 1.0, "softcap": None, "implementation": "auto"}
+    how = {"window": 0, "options": AttentionOptions(causal=True, scale=1.0)}
     with pytest.raises(ValueError, match="2 new tokens a row"):
         cache.attend(0, x, x, x, positions=jnp.zeros((B, 2), jnp.int32), **how)

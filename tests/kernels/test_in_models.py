@@ -1,5 +1,6 @@
 """Models by way of kernels: the TPU kernels in interpret mode on pretended devices, beside XLA's."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,7 +14,7 @@ from llm_jax.infer.steps import make_prefill
 from llm_jax.kernels.flash_attention.api import flash_attention
 from llm_jax.models import describe, init_params
 from llm_jax.ops import attention
-from llm_jax.ops.attention import FullContext
+from llm_jax.ops.attention import AttentionOptions, FullContext
 from llm_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.lenient  # jax's simulator promotes
@@ -53,9 +54,8 @@ def test_attention_within_a_batch_and_its_gradient(on_tpu, mesh):
     def results():
         def loss(q, k, v):
             context = FullContext(jnp.asarray(segments))
-            options = {"window": 0, "causal": True, "scale": 0.25, "softcap": None}
-            options |= {"implementation": "auto"}
-            out, _ = context.attend(0, q, k, v, positions=positions, **options)
+            options = AttentionOptions(causal=True, scale=0.25)
+            out, _ = context.attend(0, q, k, v, positions=positions, window=0, options=options)
             return jnp.sum(out * weights), out
 
         with jax.set_mesh(make_mesh(mesh)):
@@ -69,6 +69,29 @@ def test_attention_within_a_batch_and_its_gradient(on_tpu, mesh):
     assert calls == [(rows, 160, heads, 16)], "each device has its own rows and heads"
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * max(1.0, float(jnp.abs(theirs).max())))
+
+
+@pytest.mark.parametrize("mesh", ["", "data:2,tensor:4"])
+def test_windows_that_differ_between_scanned_layers(on_tpu, mesh):
+    mesh, model = make_mesh(mesh), describe(dataclasses.replace(CONFIG, windows=(48, 0)))
+    params = init_params(model, mesh, jax.random.key(0))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 160)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(160)[None], tokens.shape)
+
+    def results():
+        def loss(params):
+            hidden, _ = model.bind(params)(tokens, positions, FullContext(jnp.ones_like(tokens)))
+            return jnp.mean(hidden[..., :7] ** 3)
+
+        with jax.set_mesh(mesh):
+            return jax.jit(jax.value_and_grad(loss))(params)
+
+    wanted = results()
+    calls = on_tpu()
+    got = results()
+    assert len(calls) == 2, "one kernel for each window"
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * max(1e-2, float(jnp.abs(theirs).max())))
 
 
 @pytest.mark.parametrize("mesh", ["", "data:2,tensor:4"])
@@ -102,12 +125,9 @@ def test_the_choice_of_an_implementation(monkeypatch):
     q, k = (jax.ShapeDtypeStruct((1, 256, n, 64), jnp.bfloat16) for n in (4, 2))
     short = jax.ShapeDtypeStruct((1, 40, 4, 64), jnp.bfloat16)
     serves = attention.kernel_serves
-    assert not serves(q, k, 0, "auto"), "no kernel on this machine"
+    assert not serves(q, k, "auto"), "no kernel on this machine"
     with pytest.raises(ValueError, match="attention='pallas': there is no kernel for cpu"):
-        serves(q, k, 0, "pallas")
+        serves(q, k, "pallas")
     monkeypatch.setattr(attention, "choose", functools.partial(attention.choose, kind="TPU v5e"))
-    assert serves(q, k, 0, "auto") and serves(q, k, 0, "pallas") and not serves(q, k, 0, "xla")
-    assert not serves(short, k, 0, "auto") and serves(short, k, 0, "pallas")
-    assert not serves(q, k, jnp.int32(0), "auto")
-    with pytest.raises(ValueError, match="windows differ between layers"):
-        serves(q, k, jnp.int32(0), "pallas")
+    assert serves(q, k, "auto") and serves(q, k, "pallas") and not serves(q, k, "xla")
+    assert not serves(short, k, "auto") and serves(short, k, "pallas")
