@@ -1,16 +1,22 @@
-"""The meaning of paged attention in plain jax.numpy, and what other devices than TPUs compute.
+"""The meaning of paged attention in plain jax.numpy, and what a device without a kernel computes.
 
-Letters: T tokens, R rows, N query heads, K key/value heads, H head dim, L layers, P pages of Z tokens,
-M pages of a row, S = M Z.
+Letters: T tokens, R rows, C queries of one row, N query heads, K key/value heads, H head dim, L layers,
+P pages of Z tokens, M pages of a row.
+
+Row by row and page by page, with running sums: XLA would gather all pages of all rows first, up to the
+longest row's, at a fifth of the speed on a CPU.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from llm_jax.kernels.paged_attention.scales import scale_places
-from llm_jax.kernels.paged_attention.types import CHUNK_ALIGNMENT, Pages, Rows
+from llm_jax.kernels.paged_attention.types import Pages, Rows
 
 HIDDEN = -1e30
+TILE = 64  # queries of a chunk at once
 
 
 def reference_paged_attention(
@@ -30,30 +36,44 @@ def reference_paged_attention(
     q [T, N, H]; new [T, 2, K H] as pages hold them, with scales [T, 2, K]; window []: how near a key
     must be. See `api.paged_attention`.
     """
-    count = q.shape[0]
+    count, most = q.shape[0], rows.starts.shape[0]
     row, position = token_rows(rows, count)
     pages = _written(pages, new, new_scales, rows, layer, row, position)
-    attend = lambda x: _attend(*x, pages, rows, layer, scale, window, softcap)  # noqa: E731
-    first = rows.starts.shape[0] if count > rows.starts.shape[0] else count
-    out = jax.lax.map(attend, (q[:first, None], row[:first], position[:first, None]))[:, 0]
-    if count == first:
+    attend = functools.partial(
+        _attend, pages=pages, layer=layer, scale=scale, window=window, softcap=softcap
+    )
+    single = jnp.arange(most) < rows.decodes
+    ends = jnp.where(single, rows.lengths, 0)
+    out = jax.lax.map(
+        lambda x: attend(x[0][None], x[1], x[2] - 1, x[2])[0], (q[:most], rows.table, ends)
+    )
+    if count == most:
         return out, pages
-    # A tile of tokens is one row's, except where single tokens come first.
-    tiles = (x.reshape(-1, CHUNK_ALIGNMENT, *x.shape[1:]) for x in (q, row, position))
-    tiled_q, tiled_row, tiled_position = tiles
-    chunks = jax.lax.map(attend, (tiled_q, tiled_row.max(axis=1), tiled_position))
-    chunks = chunks.reshape(q.shape)
-    single = (jnp.arange(count) < rows.decodes)[:, None, None]
-    padded = jnp.pad(out, ((0, count - first), (0, 0), (0, 0)))
-    out = jnp.where(single, padded, jnp.where((position >= 0)[:, None, None], chunks, 0))
-    return out, pages
+    tile = min(TILE, count)
+    padded = jnp.pad(q, ((0, tile), (0, 0), (0, 0)))
+    out = jnp.pad(out, ((0, count + tile - most), (0, 0), (0, 0)))
+
+    def one_tile(row, i, out):
+        start, first = rows.starts[row] + i * tile, rows.lengths[row] - rows.counts[row] + i * tile
+        queries = jax.lax.dynamic_slice_in_dim(padded, start, tile)
+        new = attend(queries, rows.table[row], first, rows.lengths[row])
+        # Beyond the row's end is what the next row overwrites, or padding.
+        return jax.lax.dynamic_update_slice_in_dim(out, new, start, axis=0)
+
+    def one_row(row, out):
+        tiles = (rows.counts[row] + tile - 1) // tile
+        return jax.lax.fori_loop(0, tiles, functools.partial(one_tile, row), out)
+
+    out = jax.lax.fori_loop(rows.decodes, rows.rows, one_row, out)[:count]
+    return jnp.where((position >= 0)[:, None, None], out, 0), pages
 
 
 def token_rows(rows: Rows, count: int) -> tuple[jax.Array, jax.Array]:
     """(row, position) of each of `count` tokens, [T] int32; -1 for padding."""
     token = jnp.arange(count, dtype=jnp.int32)[:, None]
     active = jnp.arange(rows.starts.shape[0]) < rows.rows
-    inside = (token >= rows.starts) & (token < rows.starts + rows.counts) & active
+    starts, ends = rows.starts[None], (rows.starts + rows.counts)[None]
+    inside = (token >= starts) & (token < ends) & active[None]
     row = jnp.argmax(inside, axis=1).astype(jnp.int32)
     found = inside.any(axis=1)
     position = (rows.lengths - rows.counts)[row] + token[:, 0] - rows.starts[row]
@@ -77,29 +97,49 @@ def _written(pages: Pages, new, scales, rows: Rows, layer, row, position) -> Pag
     return Pages(tokens, of_pages)
 
 
-def _attend(q, row, position, pages: Pages, rows: Rows, layer, scale, window, softcap):
-    """[C, N, H] of one row's queries at `position` [C], -1 = none there."""
-    at = rows.table[jnp.maximum(row, 0)]
-    found = pages.tokens[layer, at].astype(jnp.float32)  # [M, 2, Z, K H]
-    heads, dim = q.shape[1:]
-    kv_heads = found.shape[-1] // dim
-    found = found.reshape(*found.shape[:3], kv_heads, dim)
-    if pages.scales is not None:
-        where = scale_places(kv_heads, pages.page_size)
-        found *= pages.scales[layer, at][:, *where].swapaxes(2, 3)[..., None]
-    k, v = found.transpose(1, 3, 0, 2, 4).reshape(2, kv_heads, -1, dim)
-    grouped = q.astype(jnp.float32).reshape(-1, kv_heads, heads // kv_heads, dim) * scale
+def _attend(q, table, first, end, *, pages: Pages, layer, scale, window, softcap):
+    """[C, N, H] of one row's queries at the positions from `first` on, to its keys before `end`."""
+    count, heads, dim = q.shape
+    size, kv_heads = pages.page_size, pages.tokens.shape[-1] // dim
+    grouped = q.astype(jnp.float32).reshape(count, kv_heads, -1, dim).transpose(1, 0, 2, 3) * scale
+    grouped = grouped.reshape(kv_heads, -1, dim)  # [K, C G, H]
+    positions = jnp.repeat(first + jnp.arange(count), heads // kv_heads)[:, None]
     exact = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("ckgh,ksh->ckgs", grouped, k, precision=exact)
-    if softcap:
-        scores = softcap * jnp.tanh(scores / softcap)
-    distance = position[:, None] - jnp.arange(k.shape[1])
-    seen = ((distance >= 0) & (distance < window))[:, None, None]
-    scores = jnp.where(seen, scores, HIDDEN)
-    weights = jnp.where(seen, jnp.exp(scores - scores.max(axis=-1, keepdims=True)), 0.0)
-    # What lies in pages beyond a row's tokens is anything, and may be no number.
-    v = jnp.where((jnp.arange(k.shape[1]) <= position.max())[None, :, None], v, 0.0)
-    total = weights.sum(axis=-1, keepdims=True)
-    weights = weights / jnp.where(total > 0, total, 1.0)
-    out = jnp.einsum("ckgs,ksh->ckgh", weights, v, precision=exact)
-    return out.reshape(q.shape).astype(q.dtype)
+
+    def add_page(i, sums):
+        largest, total, out = sums
+        k, v = _page(pages, layer, table[i], kv_heads)
+        scores = jnp.einsum("kxh,zkh->kxz", grouped, k, precision=exact)
+        if softcap:
+            scores = softcap * jnp.tanh(scores / softcap)
+        keys = i * size + jnp.arange(size)[None]
+        seen = (keys <= positions) & (positions - keys < window) & (keys < end)
+        scores = jnp.where(seen[None], scores, HIDDEN)
+        now = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
+        weights = jnp.where(seen[None], jnp.exp(scores - now), 0.0)
+        # What lies in a page beyond the row's tokens is anything, and may be no number.
+        v = jnp.where((keys < end).reshape(-1, 1, 1), v, 0.0)
+        more = jnp.einsum("kxz,zkh->kxh", weights, v, precision=exact)
+        keep = jnp.exp(largest - now)
+        return now, total * keep + weights.sum(axis=-1, keepdims=True), out * keep + more
+
+    last = jnp.minimum(first + count, end)
+    pages_from, pages_to = jnp.maximum(first - window + 1, 0) // size, (last + size - 1) // size
+    none = jnp.zeros((*grouped.shape[:2], 1), jnp.float32)
+    sums = (none + HIDDEN, none, jnp.zeros(grouped.shape, jnp.float32))
+    _, total, out = jax.lax.fori_loop(pages_from, pages_to, add_page, sums)
+    out = (out / jnp.where(total > 0, total, 1.0)).reshape(kv_heads, count, -1, dim)
+    return out.transpose(1, 0, 2, 3).reshape(q.shape).astype(q.dtype)
+
+
+def _page(pages: Pages, layer, page, kv_heads: int):
+    """Keys and values of one page, [Z, K, H] float32 each."""
+    shape = pages.tokens.shape[2:]
+    found = jax.lax.dynamic_slice(pages.tokens, (layer, page, 0, 0, 0), (1, 1, *shape))
+    found = found.astype(jnp.float32).reshape(*shape[:2], kv_heads, -1)
+    if pages.scales is not None:
+        at = jax.lax.dynamic_slice(
+            pages.scales, (layer, page, 0, 0), (1, 1, *pages.scales.shape[2:])
+        ).reshape(pages.scales.shape[2:])
+        found *= at[scale_places(kv_heads, pages.page_size)].swapaxes(1, 2)[..., None]
+    return found[0], found[1]

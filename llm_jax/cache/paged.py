@@ -1,0 +1,269 @@
+"""The cache of an engine: pages of a pool, which sequences of any length share.
+
+Letters: L layers, D data shards, P pages of Z tokens, T tokens of a step, R rows, M pages of a row,
+N query heads, K cached heads, H head dim.
+
+A pool is [L, D P, 2, Z, K H] (kernels/paged_attention): each data shard has pages of its own, numbered
+from 0 there, and rows of its own. Layers with a window have a pool of their own, so that a sequence
+holds no more of them than its window. Which page is whose is decided on the host (engine/pages.py); a
+step brings its `StepRows`, and `PagedContext` is the cache as those rows see it.
+"""
+
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from llm_jax.cache.dense import cached_heads, layer_slots, repeat_heads
+from llm_jax.config import ModelConfig
+from llm_jax.kernels.paged_attention.api import paged_attention
+from llm_jax.kernels.paged_attention.types import Pages, Rows, abstract_pages
+from llm_jax.ops.attention import KEY, QUERY
+from llm_jax.sharding import COMPUTE, data_shards, on_shards, shard, shardings
+from llm_jax.tree import num_bytes
+
+TOKENS = ("layers", "batch", None, None, "kv_heads")  # of a pool
+SCALES = ("layers", "batch", "kv_heads", None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepRows:
+    """The rows of a step on each data shard, int32; see `Rows`."""
+
+    tables: tuple[jax.Array, ...]  # [D, R, M] for each pool, that of full attention first
+    starts: jax.Array  # [D, R]
+    counts: jax.Array  # [D, R]
+    lengths: jax.Array  # [D, R]
+    decodes: jax.Array  # [D]
+    rows: jax.Array  # [D]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedCache:
+    """Keys and values of all sequences."""
+
+    pools: tuple[Pages, ...]  # of layers with full attention, of layers with a window; those there are
+    windows: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # of each layer, 0 = full
+
+    @property
+    def page_size(self) -> int:
+        """Z, tokens of a page."""
+        return self.pools[0].page_size
+
+    def context(self, rows: StepRows) -> "PagedContext":
+        """This cache as the context of a step's tokens."""
+        return PagedContext(self, rows)
+
+    def constrained(self) -> "PagedCache":
+        """With its sharding pinned, so that steps return what they were given."""
+        return jax.tree.map(lambda x: shard(x, *_axes(x)), self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedContext:
+    """A `PagedCache` taking in the tokens of a step: q [D, T, N, H], one batch row per data shard."""
+
+    cache: PagedCache
+    rows: StepRows
+
+    def attend(self, layer, q, k, v, *, positions, window, options):
+        """See `AttentionContext`. Where a token is stands in the rows; `positions` are the same."""
+        assert options.causal, "a cache serves causal models"
+        cache = self.cache
+        heads = cache.pools[0].tokens.shape[-1] // q.shape[-1]
+        k, v = (repeat_heads(x, heads) for x in (k, v))
+        slots = layer_slots(cache.windows)
+        alike = len(cache.pools) == 1  # then the slot is the layer itself
+        slot = jnp.asarray(layer if alike else jnp.asarray(slots)[layer], jnp.int32)
+        window = jnp.asarray(window, jnp.int32)
+        run = functools.partial(_attend, options)
+
+        def on(pool):
+            of_rows = (self.rows.tables[pool], *_of_rows(self.rows))
+            args = (cache.pools[pool], slot, window, q, k, v, *of_rows)
+            axes = [(), (), QUERY, KEY, KEY, *[("batch", *[None] * (x.ndim - 1)) for x in of_rows]]
+            out, new = _on_pool(run, axes)(*args)
+            pools = tuple(new if i == pool else x for i, x in enumerate(cache.pools))
+            return out, dataclasses.replace(self, cache=dataclasses.replace(cache, pools=pools))
+
+        if alike:
+            return on(0)
+        if isinstance(layer, int):
+            return on(int(cache.windows[layer] > 0))
+        is_local = jnp.asarray(cache.windows)[layer] > 0
+        return jax.lax.cond(is_local, lambda: on(1), lambda: on(0))
+
+    def dropout(self, x, rate, layer, site):
+        return x
+
+
+def pool_windows(config: ModelConfig) -> tuple[int, ...]:
+    """The window of each pool that a model's layers need, 0 = full attention.
+
+    Raises ValueError where windows differ among themselves.
+    """
+    windows = sorted(set(config.layer_windows))
+    if len(windows) - (0 in windows) > 1:
+        raise ValueError(f"windows={config.windows}: expected one size besides 0, for one pool of pages")
+    return tuple(windows)
+
+
+def abstract_paged(
+    config: ModelConfig,
+    pages: tuple[int, ...],
+    page_size: int,
+    mesh: Mesh,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> PagedCache:
+    """Shapes, dtypes and shardings of an empty cache, `pages` of each pool on each data shard.
+
+    dtype: of the pages, `config.cache_dtype` if not given; 8-bit ones have scales. Raises ValueError for
+    heads that the mesh cannot split, and as `abstract_pages` and `pool_windows` do.
+    """
+    windows, each = pool_windows(config), config.layer_windows
+    assert len(windows) == len(pages), f"{pages} for pools of windows {windows}"
+    dtype = jnp.dtype(config.cache_dtype if dtype is None else dtype)
+    heads, tensor = cached_heads(config, mesh), mesh.shape["tensor"]
+    if heads % tensor:
+        raise ValueError(
+            f"tensor={tensor} does not divide num_heads={config.num_heads}: take another mesh"
+        )
+
+    def pool(layers: int, count: int) -> Pages:
+        # What one shard has of them; its heads' scales stand together.
+        part = abstract_pages(
+            layers, count * data_shards(mesh), page_size, heads // tensor, config.head_dim, dtype
+        )
+        wide = lambda x, axis: jax.ShapeDtypeStruct(  # noqa: E731
+            tuple(n * tensor if i == axis else n for i, n in enumerate(x.shape)), x.dtype
+        )
+        return Pages(wide(part.tokens, 4), None if part.scales is None else wide(part.scales, 2))
+
+    pools = tuple(pool(each.count(window), count) for window, count in zip(windows, pages, strict=True))
+    abstract = PagedCache(pools, each)
+    where = shardings(jax.tree.map(_axes, abstract), abstract, mesh, COMPUTE)
+    place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, abstract, where)
+
+
+def init_paged(
+    config: ModelConfig,
+    pages: tuple[int, ...],
+    page_size: int,
+    mesh: Mesh,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> PagedCache:
+    """An empty cache, born on its shards; see `abstract_paged`."""
+    abstract = abstract_paged(config, pages, page_size, mesh, dtype)
+    zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract)  # noqa: E731
+    return jax.jit(zeros, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
+
+
+def page_bytes(config: ModelConfig, page_size: int, mesh: Mesh, dtype=None) -> tuple[int, ...]:
+    """Bytes on one device of one page of each pool."""
+    cache = abstract_paged(config, (1,) * len(pool_windows(config)), page_size, mesh, dtype)
+    return tuple(num_bytes(pool) // data_shards(mesh) // mesh.shape["tensor"] for pool in cache.pools)
+
+
+def free_bytes(device: Any) -> int:
+    """Bytes of memory that a device has left; of a CPU, what the machine has."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def copy_pages(cache: PagedCache, pool: int, sources: jax.Array, targets: jax.Array) -> PagedCache:
+    """Pages `targets` [D, n] of a pool become as `sources` [D, n]; int32, a page of each shard's own."""
+
+    def copy(x, sources, targets):
+        return (x.at[:, targets[0]].set(x[:, sources[0]]),)
+
+    return _on_pages(cache, pool, copy, sources, targets)
+
+
+def take_pages(cache: PagedCache, pool: int, pages: jax.Array) -> Pages:
+    """Pages [D, n] of a pool, [L, D n, ...]: what goes to the host."""
+
+    def take(x):
+        pick = on_shards(lambda x, pages: (x[:, pages[0]],), [_axes(x), ("batch", None)], (0,))
+        return pick(x, pages)[0]
+
+    return jax.tree.map(take, cache.pools[pool])
+
+
+def put_pages(cache: PagedCache, pool: int, pages: jax.Array, content: Pages) -> PagedCache:
+    """What `take_pages` gave, back into pages [D, n] of a pool."""
+
+    def put(x, pages, content):
+        return (x.at[:, pages[0]].set(content),)
+
+    return _on_pages(cache, pool, put, pages, content=content)
+
+
+def _on_pages(cache: PagedCache, pool: int, change, *numbers, content: Pages | None = None):
+    """The cache with `change` made to each array of a pool, on each shard."""
+    arrays, structure = jax.tree.flatten(cache.pools[pool])
+    given = [()] * len(arrays) if content is None else [(x,) for x in jax.tree.leaves(content)]
+    changed = []
+    for x, more in zip(arrays, given, strict=True):
+        of_pages = _axes(x)
+        axes = [of_pages, *[("batch", None)] * len(numbers), *[of_pages] * len(more)]
+        changed += on_shards(change, axes, (0,))(x, *numbers, *more)
+    pools = list(cache.pools)
+    pools[pool] = jax.tree.unflatten(structure, changed)
+    return dataclasses.replace(cache, pools=tuple(pools)).constrained()
+
+
+def _axes(x: Any) -> tuple[str | None, ...]:
+    """Logical axes of an array of a pool: tokens or scales."""
+    return TOKENS if x.ndim == 5 else SCALES
+
+
+def _of_rows(rows: StepRows) -> tuple[jax.Array, ...]:
+    return rows.starts, rows.counts, rows.lengths, rows.decodes, rows.rows
+
+
+def _on_pool(run, axes):
+    """run(pool, *args) -> (out, pool) on shards; `axes` are those of the other arguments."""
+
+    def call(pool: Pages, *args):
+        arrays, structure = jax.tree.flatten(pool)
+        count = len(arrays)
+
+        def local(*flat):
+            out, new = run(jax.tree.unflatten(structure, flat[:count]), *flat[count:])
+            return (out, *jax.tree.leaves(new))
+
+        query = count + axes.index(QUERY)
+        out, *new = on_shards(local, [*map(_axes, arrays), *axes], (query, *range(count)))(
+            *arrays, *args
+        )
+        return out, jax.tree.unflatten(structure, new)
+
+    return call
+
+
+def _attend(options, pool, slot, window, q, k, v, table, starts, counts, lengths, decodes, rows):
+    """One shard's: q [1, T, N, H], k and v [1, T, K, H] and its rows."""
+    here = Rows(table[0], starts[0], counts[0], lengths[0], decodes[0], rows[0])
+    out, pool = paged_attention(
+        q[0],
+        k[0],
+        v[0],
+        pool,
+        here,
+        slot,
+        scale=options.scale,
+        window=window,
+        softcap=options.softcap or 0.0,
+        implementation=None if options.implementation == "auto" else options.implementation,
+    )
+    return out[None], pool
