@@ -41,9 +41,12 @@ EXTRAS_REQUIRE = {
     "cuda12": ["jax[cuda12]"],  # for drivers older than 580
     "serve": ["aiohttp>=3.11.0"],
     "eval": ["sacrebleu>=2.4.0"],
+    "structured": ["llguidance>=1.7.0"],  # grammars for the engine
     "test": [
         "aiohttp>=3.11.0",
         "hypothesis>=6.100.0",
+        "jsonschema>=4.23.0",
+        "llguidance>=1.7.0",
         "peft>=0.19.0",
         "pyarrow>=18.0.0",
         "pyright[nodejs]>=1.1.400",

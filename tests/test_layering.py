@@ -34,6 +34,7 @@ BELOW = {  # room: the rooms it may import besides itself
 }
 ONLY_IN = {  # package: the files that may import it
     "aiohttp": {"serve/server.py"},
+    "llguidance": {"engine/structured.py"},
     "orbax": {"checkpoint/store.py"},
     "safetensors": set(),  # the format is read by checkpoint/tensor_file.py
     "tensorflow": set(),

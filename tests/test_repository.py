@@ -70,8 +70,9 @@ def test_what_is_imported_is_required():
     product = imported("llm_jax") | imported("scripts") | imported("configs")
     # scripts/{verify,benchmark}.py compare with the peers; who sets wandb_project has wandb.
     peers = {"torch", "transformers", "wandb"}
-    assert product - import_names("", "data", "serve", "eval") <= peers
-    assert imported("tests") <= import_names("", "data", "serve", "eval", "test") | {"setuptools"}
+    assert product - import_names("", "data", "serve", "eval", "structured") <= peers
+    extras = ("", "data", "serve", "eval", "structured", "test")
+    assert imported("tests") <= import_names(*extras) | {"setuptools"}
 
 
 def test_what_is_required_is_imported():
@@ -87,7 +88,7 @@ def test_requirements_are_lower_bounds_and_oldest_txt_has_them():
             assert re.fullmatch(r"(>=[\d.]+)?", bound), f"[{extra}] {name}{bound}: lower bounds only"
     lines = (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8").splitlines()
     oldest = dict(line.split("==") for line in lines if not line.startswith("#"))
-    wanted = bounds[""] | bounds["data"] | bounds["serve"] | bounds["eval"]
+    wanted = bounds[""] | bounds["data"] | bounds["serve"] | bounds["eval"] | bounds["structured"]
     assert oldest == {name: bound.removeprefix(">=") for name, bound in wanted.items()}
 
 

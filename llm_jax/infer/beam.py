@@ -244,9 +244,10 @@ def beam_search(
 ) -> Hypotheses:
     """Search for one batch of prompts (token ids); stop_ids are those that end each prompt's texts.
 
-    Of the requests, the limits on length, the penalties and the bias apply; as in transformers they
-    act on the log-probabilities. Returns numpy arrays of the real prompts, [B, num_return, ...]; the
-    scores of hypotheses that do not exist, because the bias bans too many tokens, are -inf.
+    Of the requests, the limits on length, the penalties, the bias and what ids are allowed apply; as in
+    transformers they act on the log-probabilities. Returns numpy arrays of the real prompts,
+    [B, num_return, ...]; the scores of hypotheses that do not exist, because too many tokens are banned,
+    are -inf.
 
     Raises:
         ValueError: a prompt does not fit the model, or a request asks for what a search cannot give.
@@ -300,9 +301,13 @@ def check_searchable(sampling: Sequence[SamplingParams]) -> None:
             (p.top_k > 0, "top_k", "beam search does not sample; use 0"),
             (p.top_p < 1, "top_p", "beam search does not sample; use 1"),
             (p.min_p > 0, "min_p", "beam search does not sample; use 0"),
+            (p.typical_p < 1, "typical_p", "beam search does not sample; use 1"),
             (p.n > 1, "n", "beam search does not sample; use num_return"),
+            (p.best_of is not None, "best_of", "beam search does not sample; use num_beams"),
             (p.stop, "stop", ids_only),
             (p.logprobs, "logprobs", chosen_only),
+            (p.prompt_logprobs is not None, "prompt_logprobs", "beam search does not give them"),
+            (p.structured, "structured", "it needs the engine"),
         ):
             if refused:
                 raise ValueError(f"SamplingParams.{name} is {getattr(p, name)!r}: {reason}")

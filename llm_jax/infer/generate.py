@@ -22,6 +22,7 @@ from llm_jax.infer.steps import (
     make_forward,
     make_pick,
     make_prefill,
+    make_scored_prefill,
     make_start,
 )
 from llm_jax.infer.timeline import Timeline
@@ -39,6 +40,8 @@ class Chunk:
     """What one dispatch brought. Row r continues prompt r // n, sample r % n.
 
     tokens, logprobs [M, R]; top_ids, top_logprobs [M, R, K] or None; tokens are -1 after a row's end.
+    prompt: of the first chunk, where asked for: log probabilities of the prompts' tokens [P, T], and the
+    ids and log probabilities of the likeliest [P, T, K]; place t is of token t + 1.
     """
 
     tokens: np.ndarray
@@ -46,6 +49,7 @@ class Chunk:
     top_ids: np.ndarray | None
     top_logprobs: np.ndarray | None
     _finished: set[int]
+    prompt: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def finish(self, row: int) -> None:
         """End a row from outside (a stop string was met)."""
@@ -150,11 +154,16 @@ def generate(
         put = lambda x: jax.device_put(x, batch_sharding(mesh, x.shape))  # noqa: E731
         cache = init_cache(model.config, len(lengths), size, mesh, per_layer=per_layer)
         args = (params, cache, put(tokens), put(lengths))
-        prefill = compiled.get(make_prefill(model), timing, *args)
+        alternatives = max(
+            (s.prompt_logprobs for s in sampling if s.prompt_logprobs is not None), default=None
+        )
+        scores = alternatives is not None
+        prefill = make_scored_prefill(model, alternatives) if scores else make_prefill(model)
+        prefill = compiled.get(prefill, timing, *args)
 
         start = time.perf_counter()
         with timeline.phase("prefill"):
-            logits, cache = prefill(*args)
+            logits, cache, *scores = prefill(*args)
             if timeline.enabled:
                 jax.block_until_ready(logits)
         timing.prefill_tokens += sum(map(len, prompts))
@@ -167,6 +176,8 @@ def generate(
             ticks, state, cache = first(*args)
             chunk, done = _fetch(ticks, len(rows), finished)
         timing.prefill_s += time.perf_counter() - start
+        if scores:
+            chunk.prompt = jax.device_get(scores[0])
         yield chunk
 
         if timeline.enabled:

@@ -8,6 +8,7 @@ for output in llm.generate(["我喜欢编程。"], SamplingParams(max_new_tokens
 """
 
 import dataclasses
+import itertools
 import logging
 import math
 import time
@@ -35,7 +36,8 @@ logger = logging.getLogger(__name__)
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "assets" / "demo_lm"
 # Our name of each setting of generation_config.json, and its name there.
 _EVERY_TEXT = {n: n for n in ("max_new_tokens", "min_new_tokens", "repetition_penalty")}
-_SAMPLED = {n: n for n in ("temperature", "top_k", "top_p", "min_p")} | {"n": "num_return_sequences"}
+_SAMPLED = {n: n for n in ("temperature", "top_k", "top_p", "min_p", "typical_p")}
+_SAMPLED |= {"n": "num_return_sequences"}
 _SEARCH = {n: n for n in ("num_beams", "length_penalty", "early_stopping")}
 _SEARCH |= {"num_return": "num_return_sequences"}
 
@@ -45,7 +47,8 @@ class Output:
     """One generated continuation.
 
     token_ids include the id that ended it; text does not. logprobs are of the model's own distribution
-    (natural log), one per token; top_logprobs holds {id: logprob} per token when asked for.
+    (natural log), one per token; top_logprobs holds {id: logprob} per token when asked for. Likewise of
+    the prompt, where the first token, which nothing comes before, has None.
     """
 
     prompt: str | None
@@ -55,6 +58,8 @@ class Output:
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] | None = None
     top_logprobs: list[dict[int, float]] | None = None
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[dict[int, float] | None] | None = None
     finish_reason: str | None = None  # "stop" (an end or stop id, a stop string) | "length"
     score: float | None = None  # of beam search: sum of log-probabilities / length ** length_penalty
 
@@ -210,21 +215,32 @@ class LLM:
         Without `sampling`, `default_sampling` decides; the beams of a generation_config.json, which a
         warning names, are for `beam_search`. on_text(output index, text) is called with every new piece
         of text as it streams.
-        Raises ValueError for prompts that cannot fit the model, naming the prompt.
+        Raises ValueError for prompts that cannot fit the model, naming the prompt, and for requests that
+        this cannot serve, naming the field.
         """
         if isinstance(prompts, str):
             raise ValueError("prompts is a single string: expected a list of prompts")
+        requests = self._requests(sampling, len(prompts))
+        if on_text is not None:
+            _check_streams(requests)
         outputs: list[Output] = []
-        for first, output, text in self._stream(prompts, sampling, timeline):
+        for first, output, text in self._stream(prompts, requests, timeline):
             if output is None:
                 outputs.extend(first)
             elif on_text is not None and text:
                 on_text(next(i for i, o in enumerate(outputs) if o is output), text)
-        return outputs
+        drawn = iter(outputs)
+        return [
+            output
+            for request in requests
+            for output in _best(list(itertools.islice(drawn, request.candidates().n)), request)
+        ]
 
     def stream(self, prompt: Any, sampling: SamplingParams | None = None) -> Iterator[str]:
         """Pieces of text of one continuation as they are made; never half a character."""
-        for _, output, text in self._stream([prompt], sampling, None):
+        requests = self._requests(sampling, 1)
+        _check_streams(requests)
+        for _, output, text in self._stream([prompt], requests, None):
             if output is not None and output.sample == 0 and text:
                 yield text
 
@@ -298,19 +314,14 @@ class LLM:
             output.text = "".join(map(decoder.push, shown)) + decoder.flush()
         return output
 
-    def _stream(self, prompts, sampling, timeline):
+    def _stream(self, prompts, requests, timeline):
         """Yields (new outputs, None, "") at the start of a batch, then (None, output, text)."""
+        requests = [request.candidates() for request in requests]
         began, timing = time.perf_counter(), Timing()
-        if sampling is None and self.generation_config.get("num_beams", 1) != 1:
-            logger.warning(
-                "generation_config.json: num_beams=%s, which was not used here: call beam_search",
-                self.generation_config["num_beams"],
-            )
         self.stats = Stats()
         timeline = timeline or Timeline(enabled=False)
         with timeline.phase("tokenize"):
             ids = [self.encode(p) for p in prompts]
-        requests = self._requests(sampling, len(ids))
         check_lengths(self.model, ids, [request.max_new_tokens for request in requests])
         for batch in self._batches(requests):
             outputs = [
@@ -342,6 +353,9 @@ class LLM:
             for tick, chunk in enumerate(chunks):
                 if not self.stats.ttft_s:
                     self.stats.ttft_s = time.perf_counter() - began - timing.compile_s
+                if chunk.prompt is not None:
+                    for r, row in enumerate(rows):
+                        row.take_prompt(chunk.prompt, r // requests[batch[0]].n)
                 with timeline.phase("detokenize", tick):
                     texts = [row.take(chunk, r) for r, row in enumerate(rows)]
                 timeline.label(tick, "|".join(texts))
@@ -357,10 +371,17 @@ class LLM:
     def _requests(self, sampling, count: int) -> list[SamplingParams]:
         if sampling is None:
             sampling = self.default_sampling()
+            if self.generation_config.get("num_beams", 1) != 1:
+                logger.warning(
+                    "generation_config.json: num_beams=%s, which was not used here: call beam_search",
+                    self.generation_config["num_beams"],
+                )
         if isinstance(sampling, SamplingParams):
-            return [sampling] * count
+            sampling = [sampling] * count
         if len(sampling) != count:
             raise ValueError(f"sampling has {len(sampling)} entries for {count} prompts")
+        if any(request.structured for request in sampling):
+            raise ValueError("SamplingParams.structured needs the engine (llm_jax.engine)")
         return list(sampling)
 
     def _batches(self, requests: list[SamplingParams]) -> Iterator[list[int]]:
@@ -399,6 +420,17 @@ class _Row:
         if request.logprobs is not None:
             output.logprobs = []
             output.top_logprobs = [] if request.logprobs else None
+
+    def take_prompt(self, scores, p: int) -> None:
+        """Add what `Chunk.prompt` says of prompt p, if asked for."""
+        if (k := self.request.prompt_logprobs) is not None:
+            places = len(self.output.prompt_ids) - 1
+            chosen, top_ids, top_logprobs = (x[p, :places].tolist() for x in scores)
+            self.output.prompt_logprobs = [None, *chosen]
+            if k:
+                pairs = zip(top_ids, top_logprobs, strict=True)
+                tops = [dict(zip(ids[:k], values[:k], strict=True)) for ids, values in pairs]
+                self.output.prompt_top_logprobs = [None, *tops]
 
     def take(self, chunk: Chunk, r: int) -> str:
         """Add this row's tokens of a chunk; returns the text that may be shown now."""
@@ -441,6 +473,27 @@ class _Row:
             text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         self.output.text += text
         return text
+
+
+def _check_streams(requests: Sequence[SamplingParams]) -> None:
+    for request in requests:
+        if request.best_of is not None:
+            raise ValueError(
+                f"SamplingParams.best_of is {request.best_of}: what is chosen at the end cannot stream; "
+                "use None"
+            )
+
+
+def _best(drawn: list[Output], request: SamplingParams) -> list[Output]:
+    """The request's n of the outputs that were drawn for it, see `SamplingParams.best_of`."""
+    if request.best_of is None:
+        return drawn
+    best = sorted(drawn, key=lambda output: -sum(output.logprobs or ()))[: request.n]
+    for sample, output in enumerate(best):
+        output.sample = sample
+        if request.logprobs is None:
+            output.logprobs = None
+    return best
 
 
 def _text_of(prompt: Any) -> str | None:

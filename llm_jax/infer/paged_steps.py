@@ -1,8 +1,9 @@
-"""The jitted half of an engine's step: tokens of many sequences in one row of tokens, by pages.
+"""The jitted steps of an engine: tokens of many sequences in one row of tokens, by pages.
 
 Letters: D data shards, T tokens of a step, R rows, M pages of a row, S tokens that get logits, V vocab.
 
-    logits, cache = forward(params, cache, last, packed)
+    logits, cache = forward(params, cache, slots.last, packed)
+    chosen, slots = choose(logits, slots, of)
 
 A `StepShape` is all that a program is compiled for, so an engine has few. What the host says of a step
 is one array, `packed` [D, X] int32, because each transfer has its price: `StepShape.empty()` gives it
@@ -17,12 +18,26 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from llm_jax.cache.paged import StepRows
+from llm_jax.cache.paged import PagedCache, StepRows
 from llm_jax.kernels.paged_attention.reference import token_rows
 from llm_jax.kernels.paged_attention.types import Rows
 from llm_jax.models import Model
-from llm_jax.sharding import shard
+from llm_jax.ops.sampling import (
+    EVERYTHING,
+    MAX_LOGPROBS,
+    SamplingFeatures,
+    SamplingState,
+    new_rows,
+    sample,
+    token_logprobs,
+    write_history,
+)
+from llm_jax.ops.speculation import speculative_accept
+from llm_jax.sharding import batch_sharding, data_shards, shard
+
+SCORED = 16  # tokens that are unembedded at once to be scored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +46,10 @@ class StepShape:
 
     tokens: int  # T = rows where every row has one token, else a larger multiple of 16
     rows: int  # R
-    samples: int  # S
+    samples: int  # S, so many for each row
     pages: int  # M
     pools: int
+    scored: bool = False  # whether it says of each token how likely it was
 
     @property
     def fields(self) -> dict[str, tuple[int, ...]]:
@@ -48,6 +64,7 @@ class StepShape:
             "rows": (),
             "at": (self.samples,),  # which of the tokens get logits
             **{f"table{i}": table for i in range(self.pools)},
+            **({"targets": (self.tokens,)} if self.scored else {}),  # what came after each
         }
 
     def empty(self, shards: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -71,10 +88,13 @@ class StepShape:
 
 
 @functools.lru_cache(maxsize=256)
-def make_paged_forward(model: Model, shape: StepShape) -> Callable:
-    """f(params, cache, last [D, slots] int32, packed [D, X] int32) -> (logits [D, S, V], cache).
+def make_paged_forward(model: Model, shape: StepShape, strict: bool = False) -> Callable:
+    """f(params, cache, last [D, slots] int32, packed [D, X] int32) -> (logits [D, S, V], cache), and of
+    a `scored` shape what `token_logprobs` says of the targets, as [D, T, C] like `make_paged_sample`.
 
     cache: a `PagedCache`, donated. last: the newest token of each slot, which the host may not know yet.
+    strict: one token after the other, each by the same code, so that no bit of a result depends on what
+    else is in the step or on how a text was cut into steps.
     """
 
     @functools.partial(jax.jit, donate_argnames="cache")
@@ -83,12 +103,239 @@ def make_paged_forward(model: Model, shape: StepShape) -> Callable:
         tokens = parts["tokens"]
         known = jnp.take_along_axis(last, jnp.maximum(-1 - tokens, 0), axis=1)
         tokens = jnp.where(tokens >= 0, tokens, known)
-        of_rows = [parts[name] for name in ("starts", "counts", "lengths", "decodes", "rows")]
         tables = tuple(parts[f"table{i}"] for i in range(shape.pools))
-        positions = jax.vmap(lambda *x: token_rows(Rows(*x), shape.tokens)[1])(tables[0], *of_rows)
-        positions = jnp.maximum(positions, 0)
-        hidden, context = net(tokens, positions, cache.context(StepRows(tables, *of_rows)))
-        hidden = jnp.take_along_axis(hidden, parts["at"][..., None], axis=1)
-        return shard(net.unembed(hidden), "batch", None, None), context.cache.constrained()
+        rows = StepRows(tables, *(parts[name] for name in _OF_ROWS))
+        run = _one_by_one if strict else _together
+        hidden, cache = run(net, cache, tokens, rows)
+        chosen = jnp.take_along_axis(hidden, parts["at"][..., None], axis=1)
+        unembed = functools.partial(_unembed, net, strict)
+        results = unembed(chosen), cache.constrained()
+        return (*results, _scores(unembed, hidden, parts["targets"])) if shape.scored else results
 
     return forward
+
+
+_OF_ROWS = ("starts", "counts", "lengths", "decodes", "rows")
+
+
+def _together(net, cache: PagedCache, tokens: jax.Array, rows: StepRows):
+    """(hidden [D, T, E], cache) of all tokens at once."""
+    positions = _places(rows, tokens.shape[1])[1]
+    hidden, context = net(tokens, jnp.maximum(positions, 0), cache.context(rows))
+    return hidden, context.cache
+
+
+def _one_by_one(net, cache: PagedCache, tokens: jax.Array, rows: StepRows):
+    """The same, a token of each shard at a time."""
+    of_token, positions = _places(rows, tokens.shape[1])
+    at = jnp.maximum(of_token, 0)
+    tables = tuple(jax.vmap(lambda table, row: table[row])(table, at) for table in rows.tables)
+
+    def one(cache, given):
+        token, position, *tables = given
+        there = (position >= 0).astype(jnp.int32)  # none in padding: nothing is written
+        flat = jnp.zeros_like(position)[:, None]
+        lengths = jnp.maximum(position + 1, 1)[:, None]
+        row = StepRows(tuple(t[:, None] for t in tables), flat, flat + 1, lengths, there, there)
+        hidden, context = net(token[:, None], jnp.maximum(position, 0)[:, None], cache.context(row))
+        return context.cache, hidden[:, 0]
+
+    turned = jax.tree.map(lambda x: x.swapaxes(0, 1), (tokens, positions, *tables))
+    cache, hidden = jax.lax.scan(one, cache, turned)
+    return hidden.swapaxes(0, 1), cache
+
+
+def _places(rows: StepRows, count: int) -> tuple[jax.Array, jax.Array]:
+    """(row, position) of each token [D, T]; -1 in padding."""
+    given = (rows.tables[0], *(getattr(rows, name) for name in _OF_ROWS))
+    return jax.vmap(lambda *x: token_rows(Rows(*x), count))(*given)
+
+
+def _unembed(net, strict: bool, hidden: jax.Array) -> jax.Array:
+    """Logits [D, S, V] of hidden [D, S, E]."""
+    if not strict:
+        return shard(net.unembed(hidden), "batch", None, None)
+    return jax.lax.map(lambda x: net.unembed(x[:, None])[:, 0], hidden.swapaxes(0, 1)).swapaxes(0, 1)
+
+
+def _scores(unembed: Callable, hidden: jax.Array, targets: jax.Array) -> jax.Array:
+    """[D, T, C] of hidden [D, T, E], a few tokens' logits at a time."""
+
+    def some(chunk):
+        return _chosen_bits(chunk[1], *token_logprobs(unembed(chunk[0]), chunk[1], MAX_LOGPROBS))
+
+    split = lambda x: x.reshape(x.shape[0], -1, SCORED, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
+    count = hidden.shape[1]
+    padded = [
+        jnp.pad(x, ((0, 0), (0, -count % SCORED), *[(0, 0)] * (x.ndim - 2))) for x in (hidden, targets)
+    ]
+    bits = jax.lax.map(some, tuple(map(split, padded))).swapaxes(0, 1)
+    return bits.reshape(bits.shape[0], -1, bits.shape[-1])[:, :count]
+
+
+def _chosen_bits(tokens, logprob=None, top_ids=None, top_logprobs=None) -> jax.Array:
+    """[..., C] int32: see `read_chosen`."""
+    bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)  # noqa: E731
+    parts = [tokens[..., None]]
+    if logprob is not None:
+        parts += [bits(logprob)[..., None], top_ids, bits(top_logprobs)]
+    return jnp.concatenate(parts, axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """What the device knows of each running sequence besides its pages; a slot is one's place."""
+
+    last: jax.Array  # [D, slots] int32, its newest token
+    sampling: SamplingState  # [D, slots, ...]; `step` is not used, a step brings its own
+
+
+def init_slots(slots: int, vocab_size: int, mesh: Mesh) -> Slots:
+    """Slots that hold no sequence, on the devices. Everything that sampling can need has its place."""
+    shards = data_shards(mesh)
+    rows = new_rows(slots, vocab_size, EVERYTHING)
+    rows = jax.tree.map(lambda x: np.broadcast_to(x[None], (shards, *x.shape)), rows)
+    empty = Slots(np.zeros((shards, slots), np.int32), rows)
+    return jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.shape)), empty)
+
+
+@functools.lru_cache(maxsize=256)
+def make_paged_sample(features: SamplingFeatures, strict: bool = False) -> Callable:
+    """f(logits [D, S, V], slots, of [D, 2, S] int32) -> (chosen [D, S, C] int32, slots).
+
+    of: the slot that each token is for, one past the last is none, and how many its sequence made
+    before. chosen: a token and, with log probabilities, the bits of its float32 one, the ids of the K
+    likeliest, and the bits of theirs: see `read_chosen`. slots: donated. strict: a row at a time.
+    """
+
+    @functools.partial(jax.jit, donate_argnames="slots")
+    def choose(logits, slots, of):
+        def rows(logits, slots, at, steps):
+            state = dataclasses.replace(_rows_of(slots, at), step=steps)
+            if not strict:
+                return sample(logits, state, features)
+            one = lambda x: sample(x[0][None], jax.tree.map(lambda y: y[None], x[1]), features)  # noqa: E731
+            return jax.tree.map(lambda x: x[:, 0], jax.lax.map(one, (logits, state)))
+
+        at = of[:, 0]
+        sampled, after = jax.vmap(rows)(logits, slots, at, of[:, 1])
+        slots = jax.vmap(functools.partial(_kept, features))(slots, at, sampled.tokens, after)
+        found = (sampled.logprob, sampled.top_ids, sampled.top_logprobs)
+        return _chosen_bits(sampled.tokens, *(x for x in found if x is not None)), _pinned(slots)
+
+    return choose
+
+
+@functools.lru_cache(maxsize=256)
+def make_paged_verify(features: SamplingFeatures, strict: bool = False) -> Callable:
+    """f(logits [D, R P, V], slots, of [D, R, 3 + K] int32, masks [D, R, P, W] uint32) -> (chosen
+    [D, R, P, C], slots): which tokens of a draft stay, and one more; then tokens are -1.
+
+    of: a row's slot, how many tokens its sequence made before, how many are drafted, and those. masks:
+    which tokens may be at each place. P = K + 1. strict: a row at a time.
+    """
+
+    @functools.partial(jax.jit, donate_argnames="slots")
+    def verify(logits, slots, of, masks):
+        def accept(logits, state, of, masks):
+            drafts = (of[:, 3:], of[:, 2], None)
+            given = {"masks": masks} if features.mask else {}
+            return speculative_accept(*drafts, logits, state, features, **given)[1:]
+
+        def rows(logits, slots, of, masks):
+            logits = logits.reshape(of.shape[0], -1, logits.shape[-1])
+            state = dataclasses.replace(_rows_of(slots, of[:, 0]), step=of[:, 1])
+            args = (logits, state, of, masks)
+            if not strict:
+                return accept(*args)
+            one = lambda x: accept(*jax.tree.map(lambda y: y[None], x))  # noqa: E731
+            return jax.tree.map(lambda x: x[:, 0], jax.lax.map(one, args))
+
+        sampled, after = jax.vmap(rows)(logits, slots, of, masks)
+        kept = jnp.sum(sampled.tokens >= 0, axis=-1, keepdims=True) - 1
+        newest = jnp.take_along_axis(sampled.tokens, kept, axis=-1)[..., 0]
+        slots = jax.vmap(functools.partial(_kept, features))(slots, of[..., 0], newest, after)
+        found = (sampled.logprob, sampled.top_ids, sampled.top_logprobs)
+        return _chosen_bits(sampled.tokens, *(x for x in found if x is not None)), _pinned(slots)
+
+    return verify
+
+
+def _rows_of(slots: Slots, at: jax.Array) -> SamplingState:
+    """What one shard's slots `at` [S] say."""
+    return jax.tree.map(lambda x: jnp.take(x, at, axis=0, mode="clip"), slots.sampling)
+
+
+def _kept(features: SamplingFeatures, slots: Slots, at, tokens, after: SamplingState) -> Slots:
+    """One shard's slots after new tokens [S]; a slot past the last is none."""
+    kept = slots.sampling
+    if features.penalties:
+        assert kept.counts is not None and after.counts is not None
+        kept = dataclasses.replace(kept, counts=kept.counts.at[at].set(after.counts, mode="drop"))
+    return Slots(slots.last.at[at].set(tokens, mode="drop"), kept)
+
+
+def read_chosen(chosen: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(tokens [...], logprob [...], top ids [..., K], top logprobs [..., K]) of [..., C]; the
+    first alone where C = 1.
+    """
+    if chosen.shape[-1] == 1:
+        return (chosen[..., 0],)
+    half = (chosen.shape[-1] - 2) // 2
+    floats = chosen.view(np.float32)
+    return chosen[..., 0], floats[..., 1], chosen[..., 2 : 2 + half], floats[..., 2 + half :]
+
+
+@functools.lru_cache(maxsize=8)
+def make_write_slots() -> Callable:
+    """f(slots, shards [n], at [n], rows) -> slots with the requests of `rows`, a `SamplingState` of n
+    rows without histories, at slots `at` of `shards`; a slot past the last is dropped. slots: donated.
+    """
+
+    @functools.partial(jax.jit, donate_argnames="slots")
+    def write(slots, shards, at, rows):
+        kept = dataclasses.replace(slots.sampling, counts=None, in_prompt=None)
+        new = jax.tree.map(lambda old, x: old.at[shards, at].set(x, mode="drop"), kept, rows)
+        history = {name: getattr(slots.sampling, name) for name in ("counts", "in_prompt")}
+        return _pinned(Slots(slots.last, dataclasses.replace(new, **history)))
+
+    return write
+
+
+@functools.lru_cache(maxsize=8)
+def make_write_history() -> Callable:
+    """f(slots, shard [], at [], tokens [T], prompt_length []) -> slots in which one knows its tokens,
+    those of the prompt and those after it, padded with V; for penalties. slots: donated.
+    """
+
+    @functools.partial(jax.jit, donate_argnames="slots")
+    def write(slots, shard_, at, tokens, prompt_length):
+        kept = slots.sampling
+        of_shard = (kept.counts[shard_], kept.in_prompt[shard_])
+        counts, present = write_history(*of_shard, at[None], tokens[None], prompt_length[None])
+        kept = dataclasses.replace(
+            kept,
+            counts=kept.counts.at[shard_].set(counts),
+            in_prompt=kept.in_prompt.at[shard_].set(present),
+        )
+        return _pinned(Slots(slots.last, kept))
+
+    return write
+
+
+@functools.lru_cache(maxsize=8)
+def make_write_masks() -> Callable:
+    """f(slots, shards [n], at [n], masks [n, W] uint32) -> slots that allow other tokens; donated."""
+
+    @functools.partial(jax.jit, donate_argnames="slots")
+    def write(slots, shards, at, masks):
+        mask = slots.sampling.mask.at[shards, at].set(masks, mode="drop")
+        return _pinned(Slots(slots.last, dataclasses.replace(slots.sampling, mask=mask)))
+
+    return write
+
+
+def _pinned(slots: Slots) -> Slots:
+    """On the shards where they were."""
+    return jax.tree.map(lambda x: shard(x, "batch", *(None,) * (x.ndim - 1)), slots)

@@ -15,7 +15,7 @@ from absl import flags
 
 from llm_jax.infer.beam import BeamOptions
 from llm_jax.infer.llm import LLM
-from llm_jax.ops.sampling import SamplingParams
+from llm_jax.ops.sampling_params import SamplingParams, StructuredSpec
 
 flags.disclaim_key_flags()  # they belong to the script that calls `define`, so that its --help has them
 
@@ -43,12 +43,18 @@ def _pairs(text: str) -> tuple[tuple[int, float], ...]:
     return tuple((int(id_), float(value)) for id_, value in pairs)
 
 
+def _structured(text: str) -> StructuredSpec:
+    kind, _, form = text.partition(":")
+    return StructuredSpec(kind, form)  # pyright: ignore[reportArgumentType]
+
+
 def _early_stopping(text: str) -> bool | str:
     return {"true": True, "false": False, "never": "never"}[text.lower()]
 
 
 _IDS = _Converter(_ids, "token ids, as in 2,57")
 _PAIRS = _Converter(_pairs, "ID:VALUE pairs, as in 42:-1.5,7:2")
+_STRUCTURED = _Converter(_structured, "KIND:TEXT, as in regex:[0-9]+, of json, regex, choice or ebnf")
 _EARLY = _Converter(_early_stopping, "true, false or never")
 
 
@@ -70,16 +76,22 @@ _SAMPLING = (
     _Flag("top_k", flags.DEFINE_integer, "Keep the k likeliest tokens; 0 = all."),
     _Flag("top_p", flags.DEFINE_float, "Keep the smallest set of this probability."),
     _Flag("min_p", flags.DEFINE_float, "Keep tokens this likely, relative to the likeliest."),
+    _Flag("typical_p", flags.DEFINE_float, "Keep the least surprising set of this probability."),
     _Flag("repetition_penalty", flags.DEFINE_float, "1 = none."),
     _Flag("presence_penalty", flags.DEFINE_float, "0 = none."),
     _Flag("frequency_penalty", flags.DEFINE_float, "0 = none."),
     _Flag("logit_bias", functools.partial(flags.DEFINE, _PAIRS), "Added to the logits of these ids."),
+    _Flag("banned_ids", functools.partial(flags.DEFINE, _IDS), "Never emit these."),
+    _Flag("allowed_ids", functools.partial(flags.DEFINE, _IDS), "Emit only these."),
     _Flag("seed", flags.DEFINE_integer, "Same seed, same tokens.", 0),
     _Flag("stop_ids", functools.partial(flags.DEFINE, _IDS), "Stop after one of these."),
     _Flag("stop", flags.DEFINE_multi_string, "Stop before this text; may be repeated."),
     _Flag("ignore_eos", flags.DEFINE_bool, "Go on after the end of text.", False),
     _Flag("num_return_sequences", _at_least_1, "Continuations of each prompt."),
+    _Flag("best_of", _at_least_1, "Draw so many, return the likeliest."),
     _Flag("logprobs", flags.DEFINE_integer, "Alternatives per token to report log probabilities of."),
+    _Flag("prompt_logprobs", flags.DEFINE_integer, "Likewise, of the prompt's tokens."),
+    _Flag("structured", functools.partial(flags.DEFINE, _STRUCTURED), "KIND:TEXT, a form to follow."),
 )
 _SEARCH = (
     _Flag("num_beams", _at_least_1, "Beam search with K beams; 1 = no search."),

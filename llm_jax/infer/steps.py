@@ -3,6 +3,7 @@
 Letters: B rows, T prompt tokens (padded to a bucket), V vocab, E stop ids, M steps per dispatch.
 
     logits, cache = prefill(params, cache, tokens, lengths)         the whole prompt at once
+    logits, cache, scores = scored_prefill(...)                     with its own log probabilities
     ticks, state, cache = start(logits, cache, rows, state)         each row's first token
     ticks, state, cache = decode(params, cache, state, steps)       up to M tokens in one dispatch
 
@@ -21,8 +22,10 @@ import jax.numpy as jnp
 
 from llm_jax.cache import Cache
 from llm_jax.models import Model
-from llm_jax.ops.sampling import Sampled, SamplingFeatures, SamplingState, sample
+from llm_jax.ops.sampling import Sampled, SamplingFeatures, SamplingState, sample, token_logprobs
 from llm_jax.sharding import shard
+
+_SCORED = 8  # prompt places that are unembedded at once; divides every prompt bucket
 
 
 @jax.tree_util.register_dataclass
@@ -59,13 +62,47 @@ def make_prefill(model: Model) -> Callable:
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def prefill(params, cache, tokens, lengths):
-        net = model.bind(params)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        hidden, context = net(tokens, positions, cache.prefill(lengths))
-        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return shard(net.unembed(last), "batch", None), context.done().constrained()
+        _, _, logits, cache = _prefill(model, params, cache, tokens, lengths)
+        return logits, cache
 
     return prefill
+
+
+@functools.lru_cache(maxsize=256)
+def make_scored_prefill(model: Model, alternatives: int) -> Callable:
+    """As `make_prefill`, but f gives a third result: what `token_logprobs` says of each prompt token.
+
+    Arrays [B, T], [B, T, K] and [B, T, K]; place t is of token t + 1, so the last one is void.
+    """
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def prefill(params, cache, tokens, lengths):
+        net, hidden, logits, cache = _prefill(model, params, cache, tokens, lengths)
+
+        def score(chunk):
+            hidden, targets = chunk  # [B, 8, D], [B, 8]: not [B, T, V] logits at once
+            return token_logprobs(shard(net.unembed(hidden), "batch", None, None), targets, alternatives)
+
+        def split(x):
+            return jnp.moveaxis(x.reshape(len(x), -1, _SCORED, *x.shape[2:]), 1, 0)
+
+        def join(x):
+            return jnp.moveaxis(x, 0, 1).reshape(*tokens.shape, *x.shape[3:])
+
+        chunks = split(hidden), split(jnp.roll(tokens, -1, axis=1))
+        return logits, cache, jax.tree.map(join, jax.lax.map(score, chunks))
+
+    return prefill
+
+
+def _prefill(model: Model, params: Any, cache: Cache, tokens: jax.Array, lengths: jax.Array):
+    """The bound model, hidden states [B, T, D], the last token's logits [B, V] and the cache."""
+    net = model.bind(params)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    hidden, context = net(tokens, positions, cache.prefill(lengths))
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    logits = shard(net.unembed(last), "batch", None)
+    return net, hidden, logits, context.done().constrained()
 
 
 @functools.lru_cache(maxsize=256)

@@ -5,166 +5,30 @@ into `SamplingState` (arrays, one row each) and `SamplingFeatures` (static: what
 must contain); `sample` is called once per decode step, inside jit, with the features static, and
 returns the tokens and the next state. Every row has its own parameters and its own random stream.
 
-Letters: B rows, V vocabulary, M biased ids, E forbidden ids, K log-probability alternatives.
+Where rows come and go, the host keeps a table of them: `new_rows` makes it, `pack_row` fills one row,
+`take_rows` picks those of a step, with what its tier of features needs (`tier_of`). Histories stay on
+the device, where `write_history` begins a row's.
+
+Letters: B rows, V vocabulary, W words of 32 bits that hold V, M biased ids, E forbidden ids,
+K log-probability alternatives.
 """
 
 import dataclasses
-import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# A temperature below this could only choose among logits that float32 hardly tells apart (logits of
-# about 10 are 1e-6 apart), and dividing by it nears overflow: such a request is greedy.
-MIN_TEMPERATURE = 1e-6
+from llm_jax.ops.sampling_params import SamplingParams
 
-_FLOAT32 = np.finfo(np.float32)
-_INT32_MAX = np.iinfo(np.int32).max
+# Widths of a table for rows yet unknown: a row that needs more is refused.
+MAX_BIASES = 300  # as many as the OpenAI interface takes
+MAX_STOPS = 16
+MAX_LOGPROBS = 20  # alternatives in the widest tier; also OpenAI's limit
 
-
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-    """How one request wants its tokens chosen. Host only; validated when made.
-
-    Attributes:
-        max_new_tokens: most tokens to generate, at least 1.
-        min_new_tokens: stop ids are forbidden until this many tokens were generated.
-        temperature: divides the logits; 0 (or less than `MIN_TEMPERATURE`) is greedy.
-        top_k: keep the k likeliest tokens; 0 is off.
-        top_p: keep the smallest set of likeliest tokens that holds this mass; 1 is off.
-        min_p: keep tokens at least this fraction as likely as the likeliest; 0 is off.
-        repetition_penalty: CTRL's penalty (arXiv:1909.05858) on every token of the prompt and of
-            the text so far: positive logits are divided by it, negative ones multiplied; 1 is off.
-        presence_penalty: subtracted once from the logit of each token generated so far.
-        frequency_penalty: subtracted once per time the token was generated so far.
-        logit_bias: (id, value) pairs, or a mapping, added to the logits; -inf bans a token.
-        seed: same seed, same tokens, whatever the batch; None takes the batch's default seed.
-        stop_ids: token ids that end the text, beside the model's own.
-        stop: strings that end the text.
-        ignore_eos: do not end at the model's own end-of-text ids.
-        n: number of independent samples of the prompt.
-        logprobs: None for none, 0 for the chosen token's, k for the k likeliest as well.
-
-    Raises:
-        ValueError: a field is out of its range; the message names it.
-    """
-
-    max_new_tokens: int = 128
-    min_new_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
-    seed: int | None = None
-    stop_ids: tuple[int, ...] = ()
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-    n: int = 1
-    logprobs: int | None = None
-
-    def __post_init__(self):
-        _check_int("max_new_tokens", self.max_new_tokens, 1, _INT32_MAX)
-        _check_int("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
-        _check_real("temperature", self.temperature, 0, remedy="use 0 for greedy")
-        _check_int("top_k", self.top_k, 0, _INT32_MAX, remedy="use 0 to switch it off")
-        _check_real("top_p", self.top_p, 0, 1, remedy="use 1 to switch it off")
-        _check_real("min_p", self.min_p, 0, 1, remedy="use 0 to switch it off")
-        _check_real("repetition_penalty", self.repetition_penalty, remedy="use 1 to switch it off")
-        if self.repetition_penalty < _FLOAT32.tiny:
-            raise _refusal("repetition_penalty", self.repetition_penalty, "more than 0", "1 is off")
-        _check_real("presence_penalty", self.presence_penalty, remedy="use 0 to switch it off")
-        _check_real("frequency_penalty", self.frequency_penalty, remedy="use 0 to switch it off")
-        object.__setattr__(self, "logit_bias", _bias_pairs(self.logit_bias))
-        if self.seed is not None:
-            _check_int("seed", self.seed, 0, remedy="use None for the default")
-        object.__setattr__(self, "stop_ids", _tuple_of("stop_ids", self.stop_ids))
-        for token in self.stop_ids:
-            _check_int("stop_ids", token, 0)
-        object.__setattr__(self, "stop", _tuple_of("stop", self.stop))
-        for text in self.stop:
-            if not isinstance(text, str) or not text:
-                raise _refusal("stop", text, "non-empty strings", "pass ids in stop_ids")
-        if not isinstance(self.ignore_eos, bool):
-            raise _refusal("ignore_eos", self.ignore_eos, "True or False", "")
-        _check_int("n", self.n, 1)
-        if self.logprobs is not None:
-            _check_int("logprobs", self.logprobs, 0, remedy="use None for none")
-
-    @property
-    def greedy(self) -> bool:
-        """Whether every token is the argmax of the processed logits."""
-        return self.temperature < MIN_TEMPERATURE
-
-    @property
-    def penalized(self) -> bool:
-        """Whether any penalty on earlier tokens is in force."""
-        penalties = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
-        return any(penalties)
-
-    @property
-    def filtered(self) -> bool:
-        """Whether the draw is restricted to some of the tokens."""
-        return not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
-
-
-def _refusal(field: str, value: object, expected: str, remedy: str) -> ValueError:
-    advice = f"; {remedy}" if remedy else ""
-    return ValueError(f"SamplingParams.{field} is {value!r}: expected {expected}{advice}")
-
-
-def _range_text(low: float | None, high: float | None) -> str:
-    at_least = "" if low is None else f" of at least {low}"
-    at_most = "" if high is None else f" and at most {high}"
-    return at_least + at_most
-
-
-def _check_int(field: str, value: Any, low: int, high: int | None = None, remedy: str = ""):
-    is_int = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not is_int or value < low or (high is not None and value > high):
-        raise _refusal(field, value, "an integer" + _range_text(low, high), remedy)
-
-
-def _check_real(
-    field: str,
-    value: Any,
-    low: float | None = None,
-    high: float | None = None,
-    remedy: str = "",
-):
-    is_real = isinstance(value, int | float | np.integer | np.floating)
-    is_finite = is_real and abs(value) <= float(_FLOAT32.max)  # false for NaN too
-    is_finite = is_finite and not isinstance(value, bool)
-    if not is_finite or (low is not None and value < low) or (high is not None and value > high):
-        raise _refusal(field, value, "a finite number" + _range_text(low, high), remedy)
-
-
-def _tuple_of(field: str, value: object) -> tuple:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise _refusal(field, value, "a sequence", "put a single one in a tuple")
-    return tuple(value)
-
-
-def _bias_pairs(bias: object) -> tuple[tuple[int, float], ...]:
-    """A mapping or a sequence of pairs as a tuple of (id, value) pairs, checked."""
-    pairs = tuple(bias.items()) if isinstance(bias, Mapping) else _tuple_of("logit_bias", bias)
-    for pair in pairs:
-        if not isinstance(pair, Sequence) or len(pair) != 2:
-            raise _refusal("logit_bias", pair, "(id, value) pairs", "")
-        token, value = pair
-        _check_int("logit_bias", token, 0)
-        if value != -math.inf:
-            _check_real("logit_bias", value, remedy="use -inf to ban a token")
-    ids = [token for token, _ in pairs]
-    if len(set(ids)) < len(ids):
-        raise _refusal("logit_bias", pairs, "each id once", "add up the values of a repeated id")
-    return tuple((int(token), float(value)) for token, value in pairs)
+_ALL_TOKENS = np.uint32(0xFFFFFFFF)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,10 +37,11 @@ class SamplingFeatures:
 
     Attributes:
         sampling: some row has a temperature; otherwise the step is an argmax without random bits.
-        filters: some sampled row has top-k, top-p or min-p.
+        filters: some sampled row has top-k, top-p, min-p or typical-p.
         penalties: some row has a penalty, so the state holds [B, V] counts.
         bias: some row has a logit bias.
         min_tokens: some row forbids its stop ids at first.
+        mask: some row has banned or allowed ids, or a form to follow.
         logprobs: None for none, else the largest number of alternatives asked for.
     """
 
@@ -185,7 +50,49 @@ class SamplingFeatures:
     penalties: bool
     bias: bool
     min_tokens: bool
+    mask: bool
     logprobs: int | None
+
+    @classmethod
+    def of(cls, params: Iterable[SamplingParams]) -> "SamplingFeatures":
+        """What these requests use, and no more."""
+        params = list(params)
+        return cls(
+            sampling=any(not p.greedy for p in params),
+            filters=any(p.filtered for p in params),
+            penalties=any(p.penalized for p in params),
+            bias=any(p.logit_bias for p in params),
+            min_tokens=any(p.min_new_tokens > 0 for p in params),
+            mask=any(p.masked for p in params),
+            logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
+        )
+
+    def covers(self, other: "SamplingFeatures") -> bool:
+        """Whether a step with these features serves rows that use the others."""
+        pairs = zip(_values(self), _values(other), strict=True)
+        return all(mine >= theirs for mine, theirs in pairs)
+
+
+def _values(features: SamplingFeatures) -> tuple[int, ...]:
+    """Each feature as a number that grows with it."""
+    return tuple(-1 if value is None else int(value) for value in dataclasses.astuple(features))
+
+
+# The programs of an engine, cheapest first. A row's tokens do not depend on which of them runs, nor do
+# its log probabilities: of the alternatives each row takes its first k.
+GREEDY = SamplingFeatures(False, False, False, False, False, False, None)
+SAMPLED = dataclasses.replace(GREEDY, sampling=True)
+EVERYTHING = SamplingFeatures(True, True, True, True, True, True, MAX_LOGPROBS)
+TIERS = (GREEDY, SAMPLED, EVERYTHING)
+
+
+def tier_of(params: Iterable[SamplingParams]) -> SamplingFeatures:
+    """The cheapest of `TIERS` for these requests; ValueError when even EVERYTHING is too little."""
+    needed = SamplingFeatures.of(params)
+    for tier in TIERS:
+        if tier.covers(needed):
+            return tier
+    raise ValueError(f"SamplingParams.logprobs is {needed.logprobs}: expected at most {MAX_LOGPROBS}")
 
 
 @jax.tree_util.register_dataclass
@@ -197,6 +104,7 @@ class SamplingState:
     top_k: jax.Array  # [B] int32; 0 is off
     top_p: jax.Array  # [B] float32
     min_p: jax.Array  # [B] float32
+    typical_p: jax.Array  # [B] float32
     repetition_penalty: jax.Array  # [B] float32
     presence_penalty: jax.Array  # [B] float32
     frequency_penalty: jax.Array  # [B] float32
@@ -208,6 +116,7 @@ class SamplingState:
     bias_ids: jax.Array | None  # [B, M] int32, padded with V, which scatters drop (bias)
     bias_values: jax.Array | None  # [B, M] float32 (bias)
     forbidden_ids: jax.Array | None  # [B, E] int32, padded with V (min_tokens)
+    mask: jax.Array | None  # [B, W] uint32, bit t % 32 of word t // 32 allows token t (mask)
 
 
 @jax.tree_util.register_dataclass
@@ -218,7 +127,7 @@ class Sampled:
 
     tokens: jax.Array  # [B] int32
     logprob: jax.Array | None  # [B] float32, of the chosen token; None without the feature
-    top_ids: jax.Array | None  # [B, K] int32, likeliest first; K may be 0
+    top_ids: jax.Array | None  # [B, K] int32, likeliest first; K may be 0, and is at most V
     top_logprobs: jax.Array | None  # [B, K] float32
 
 
@@ -228,6 +137,7 @@ _PER_ROW = {
     "top_k": np.int32,
     "top_p": np.float32,
     "min_p": np.float32,
+    "typical_p": np.float32,
     "repetition_penalty": np.float32,
     "presence_penalty": np.float32,
     "frequency_penalty": np.float32,
@@ -267,70 +177,191 @@ def pack(
     for name, values in rows.items():
         if len(values) != batch:
             raise ValueError(f"{name} has {len(values)} rows: expected {batch}, one per request")
-    if default_seed < 0:
-        raise ValueError(f"default_seed is {default_seed}: expected an integer of at least 0")
-    features = _features_of(params)
-    if features.logprobs is not None and features.logprobs > vocab_size:
-        raise ValueError(
-            f"SamplingParams.logprobs is {features.logprobs}: expected at most the vocabulary's "
-            f"{vocab_size}; ask for fewer alternatives"
+    features = SamplingFeatures.of(params)
+    stops = [ids for p, ids in zip(params, stop_ids, strict=True) if p.min_new_tokens]
+    table = new_rows(
+        batch,
+        vocab_size,
+        features,
+        bias_width=_width([p.logit_bias for p in params]),
+        stop_width=_width(stops),
+    )
+    for row in range(batch):
+        pack_row(
+            table,
+            row,
+            params[row],
+            prompts[row],
+            vocab_size=vocab_size,
+            sample_index=sample_index[row],
+            stop_ids=stop_ids[row],
+            default_seed=default_seed,
+            stream=row,
         )
-    fields: dict[str, Any] = {
-        name: np.array([getattr(p, name) for p in params], dtype) for name, dtype in _PER_ROW.items()
-    }
-    fields["temperature"][[p.greedy for p in params]] = 0
-    fields["key_data"] = _row_keys([p.seed for p in params], sample_index, default_seed)
-    fields["step"] = np.zeros(batch, np.int32)
-    fields |= _optional_fields(params, prompts, vocab_size, stop_ids, features)
-    return SamplingState(**fields), features
+    return table, features
 
 
-def _optional_fields(
-    params: Sequence[SamplingParams],
-    prompts: Sequence[Sequence[int]],
+def _width(rows: Iterable[Collection]) -> int:
+    """Room for the longest row: a power of two, so that few shapes compile."""
+    longest = max((len(row) for row in rows), default=0)
+    return 1 << max(longest - 1, 0).bit_length()
+
+
+def new_rows(
+    rows: int,
     vocab_size: int,
-    stop_ids: Sequence[Sequence[int]],
     features: SamplingFeatures,
-) -> dict[str, Any]:
-    """The fields of SamplingState that exist only with their feature."""
-    optional = ("counts", "in_prompt", "bias_ids", "bias_values", "forbidden_ids")
-    fields: dict[str, Any] = dict.fromkeys(optional)
-    if features.penalties:
-        fields["counts"] = np.zeros((len(params), vocab_size), np.int32)
-        fields["in_prompt"] = _presence(prompts, vocab_size)
-    if features.bias:
-        biases = [dict(p.logit_bias) for p in params]
-        fields["bias_ids"] = _padded_ids("logit_bias", biases, vocab_size)
-        fields["bias_values"] = np.zeros(fields["bias_ids"].shape, np.float32)
-        for row, bias in enumerate(biases):
-            fields["bias_values"][row, : len(bias)] = list(bias.values())
-    if features.min_tokens:
-        fields["forbidden_ids"] = _padded_ids("stop_ids", stop_ids, vocab_size)
-    return fields
+    *,
+    bias_width: int = MAX_BIASES,
+    stop_width: int = MAX_STOPS,
+    history: bool = True,
+) -> SamplingState:
+    """Rows that hold no request yet, as numpy arrays that `pack_row` writes into.
 
-
-def _features_of(params: Sequence[SamplingParams]) -> SamplingFeatures:
-    return SamplingFeatures(
-        sampling=any(not p.greedy for p in params),
-        filters=any(p.filtered for p in params),
-        penalties=any(p.penalized for p in params),
-        bias=any(p.logit_bias for p in params),
-        min_tokens=any(p.min_new_tokens > 0 for p in params),
-        logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
+    Those not yet written are greedy, allow every token and cost nothing. history=False leaves out the
+    [B, V] arrays of the penalties, for a caller that keeps them on the device.
+    """
+    history = history and features.penalties
+    ids = lambda width: np.full((rows, width), vocab_size, np.int32)  # noqa: E731
+    return SamplingState(
+        **{name: np.zeros(rows, dtype) for name, dtype in _PER_ROW.items()}
+        | {name: np.ones(rows, np.float32) for name in ("top_p", "typical_p", "repetition_penalty")},
+        key_data=np.zeros((rows, 2), np.uint32),
+        step=np.zeros(rows, np.int32),
+        counts=np.zeros((rows, vocab_size), np.int32) if history else None,
+        in_prompt=np.zeros((rows, vocab_size), bool) if history else None,
+        bias_ids=ids(bias_width) if features.bias else None,
+        bias_values=np.zeros((rows, bias_width), np.float32) if features.bias else None,
+        forbidden_ids=ids(stop_width) if features.min_tokens else None,
+        mask=np.full((rows, -(-vocab_size // 32)), _ALL_TOKENS) if features.mask else None,
     )
 
 
-def _row_keys(seeds: Sequence[int | None], sample_index: Sequence[int], default_seed: int) -> np.ndarray:
-    """Threefry key data [B, 2] uint32. numpy's SeedSequence mixes on the host, where folding keys
-    with jax.random would cost several device calls per row; its output is stable by contract."""
-    keys = np.zeros((len(seeds), 2), np.uint32)
-    for row, (seed, sample) in enumerate(zip(seeds, sample_index, strict=True)):
-        if seed is None:
-            mixed = np.random.SeedSequence(default_seed, spawn_key=(1, row))
-        else:
-            mixed = np.random.SeedSequence(seed, spawn_key=(0, sample))
-        keys[row] = mixed.generate_state(2, np.uint32)
-    return keys
+def pack_row(
+    table: SamplingState,
+    row: int,
+    params: SamplingParams,
+    prompt: Sequence[int] = (),
+    *,
+    vocab_size: int,
+    sample_index: int,
+    stop_ids: Sequence[int],
+    default_seed: int,
+    stream: int,
+) -> None:
+    """Writes a request into a row of a table of `new_rows`, over whatever the row held.
+
+    Args:
+        prompt: its token ids; read only where the table holds the history.
+        sample_index: which of the request's n samples the row is.
+        stop_ids: ids that end the row; forbidden until min_new_tokens.
+        default_seed, stream: name the random stream of a request without a seed; no two requests of
+            one default_seed should have the same.
+
+    Raises:
+        ValueError: an id or a logprobs count lies outside the vocabulary, or does not fit the table.
+    """
+    _check_row(params, vocab_size, stop_ids, default_seed)
+    for name in _PER_ROW:
+        getattr(table, name)[row] = getattr(params, name)
+    if params.greedy:
+        table.temperature[row] = 0
+    table.key_data[row] = _row_key(params.seed, sample_index, default_seed, stream)
+    table.step[row] = 0
+    if table.counts is not None and table.in_prompt is not None:
+        table.counts[row] = 0
+        table.in_prompt[row] = False
+        table.in_prompt[row, _checked_ids("prompts", prompt, vocab_size)] = True
+    if table.bias_ids is not None and table.bias_values is not None:
+        ids, values = zip(*params.logit_bias, strict=True) if params.logit_bias else ((), ())
+        _fill_ids(table.bias_ids[row], "logit_bias", ids, vocab_size)
+        table.bias_values[row] = 0
+        table.bias_values[row, : len(values)] = values
+    if table.forbidden_ids is not None:
+        forbidden = stop_ids if params.min_new_tokens else ()
+        _fill_ids(table.forbidden_ids[row], "stop_ids", forbidden, vocab_size)
+    if table.mask is not None:
+        table.mask[row] = pack_mask(params, vocab_size)
+
+
+def _check_row(
+    params: SamplingParams, vocab_size: int, stop_ids: Sequence[int], default_seed: int
+) -> None:
+    if default_seed < 0:
+        raise ValueError(f"default_seed is {default_seed}: expected an integer of at least 0")
+    for name in ("logprobs", "prompt_logprobs"):
+        count = getattr(params, name)
+        if count is not None and count > vocab_size:
+            raise ValueError(
+                f"SamplingParams.{name} is {count}: expected at most the vocabulary's "
+                f"{vocab_size}; ask for fewer alternatives"
+            )
+    if params.min_new_tokens and params.allowed_ids is not None:
+        if not set(params.allowed_ids) - set(params.banned_ids) - set(stop_ids):
+            raise ValueError(
+                f"SamplingParams.allowed_ids is {params.allowed_ids}: expected an id that does not end "
+                f"the text, for min_new_tokens={params.min_new_tokens} allows no other at first"
+            )
+
+
+def pack_mask(params: SamplingParams, vocab_size: int) -> np.ndarray:
+    """[W] uint32: which tokens allowed_ids and banned_ids leave, as `SamplingState.mask` has it."""
+    allowed = np.zeros(-(-vocab_size // 32) * 32, bool)
+    if params.allowed_ids is None:
+        allowed[:vocab_size] = True
+    else:
+        allowed[_checked_ids("allowed_ids", params.allowed_ids, vocab_size)] = True
+    allowed[_checked_ids("banned_ids", params.banned_ids, vocab_size)] = False
+    if not allowed.any():
+        raise ValueError("SamplingParams.banned_ids holds all that may be emitted; leave an id")
+    return np.packbits(allowed, bitorder="little").view("<u4").astype(np.uint32)
+
+
+def take_rows(table: SamplingState, rows: Any, features: SamplingFeatures) -> SamplingState:
+    """Copies of rows (any numpy index) of a table, in the fields that a step with these features reads.
+
+    Copies, because on a CPU jax may read an array that it was given after the table has changed.
+    """
+    optional = {
+        "counts": features.penalties,
+        "in_prompt": features.penalties,
+        "bias_ids": features.bias,
+        "bias_values": features.bias,
+        "forbidden_ids": features.min_tokens,
+        "mask": features.mask,
+    }
+    changes = {name: None for name, present in optional.items() if not present}
+    return jax.tree.map(lambda x: np.array(x[rows]), dataclasses.replace(table, **changes))
+
+
+def write_history(
+    counts: jax.Array, in_prompt: jax.Array, rows: jax.Array, tokens: jax.Array, prompt_length: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`SamplingState`'s counts and in_prompt, [B, V], with the histories of R rows begun anew.
+
+    rows: [R] int32, each once; B or more is dropped. tokens: [R, T] int32, a prompt and what was
+    generated after it, padded with V. prompt_length: [R] int32.
+    """
+    vocab = counts.shape[1]
+    is_prompt = jnp.arange(tokens.shape[1])[None] < prompt_length[:, None]
+
+    def histogram(ids: jax.Array) -> jax.Array:
+        return jnp.zeros(vocab, counts.dtype).at[ids].add(1, mode="drop")
+
+    present = jax.vmap(histogram)(jnp.where(is_prompt, tokens, vocab)) > 0
+    generated = jax.vmap(histogram)(jnp.where(is_prompt, vocab, tokens))
+    counts = counts.at[rows].set(generated, mode="drop")
+    return counts, in_prompt.at[rows].set(present, mode="drop")
+
+
+def _row_key(seed: int | None, sample_index: int, default_seed: int, stream: int) -> np.ndarray:
+    """Threefry key data [2] uint32. numpy's SeedSequence mixes on the host, where folding keys with
+    jax.random would cost several device calls per row; its output is stable by contract."""
+    if seed is None:
+        mixed = np.random.SeedSequence(default_seed, spawn_key=(1, stream))
+    else:
+        mixed = np.random.SeedSequence(seed, spawn_key=(0, sample_index))
+    return mixed.generate_state(2, np.uint32)
 
 
 def _checked_ids(name: str, ids: Iterable[int], vocab_size: int) -> np.ndarray:
@@ -344,21 +375,12 @@ def _checked_ids(name: str, ids: Iterable[int], vocab_size: int) -> np.ndarray:
     return array
 
 
-def _padded_ids(name: str, rows: Sequence[Collection[int]], vocab_size: int) -> np.ndarray:
-    """Ragged ids as [B, width] int32. The width is a power of two so that few shapes compile."""
-    longest = max(len(ids) for ids in rows)
-    padded = np.full((len(rows), 1 << max(longest - 1, 0).bit_length()), vocab_size, np.int32)
-    for row, ids in enumerate(rows):
-        padded[row, : len(ids)] = _checked_ids(name, ids, vocab_size)
-    return padded
-
-
-def _presence(prompts: Sequence[Sequence[int]], vocab_size: int) -> np.ndarray:
-    """Which ids each prompt holds, [B, V] bool."""
-    present = np.zeros((len(prompts), vocab_size), bool)
-    for row, prompt in enumerate(prompts):
-        present[row, _checked_ids("prompts", prompt, vocab_size)] = True
-    return present
+def _fill_ids(padded: np.ndarray, name: str, ids: Collection[int], vocab_size: int) -> None:
+    """Writes ids into a row of int32, the rest of it V."""
+    if len(ids) > len(padded):
+        raise ValueError(f"{name} has {len(ids)} ids: expected at most {len(padded)}")
+    padded[:] = vocab_size
+    padded[: len(ids)] = _checked_ids(name, ids, vocab_size)
 
 
 def sample(
@@ -366,15 +388,16 @@ def sample(
 ) -> tuple[Sampled, SamplingState]:
     """Chooses each row's next token and advances its state.
 
-    Order: repetition penalty, presence and frequency penalties, logit bias, forbidden stop ids
-    (`process_logits`); temperature; top-k, top-p, min-p (`filter_logits`); draw. A row's token
-    depends on its logits, its parameters and its stream only, not on the other rows nor on the
-    features that they switch on. Tied maxima go to the lowest id, as does a row of only -inf.
+    Order: repetition penalty, presence and frequency penalties, logit bias, forbidden stop ids, mask
+    (`process_logits`); temperature; top-k, top-p, min-p, typical-p (`filter_logits`); draw. The
+    filters come in transformers' order, each seeing what those before it kept. A row's token depends
+    on its logits, its parameters and its stream only, not on the other rows nor on the features that
+    they switch on. Tied maxima go to the lowest id, as does a row of only -inf.
 
     The draw is Gumbel-max: argmax of logits plus noise is a sample of their softmax. The noise has
     a float32's 2^-23 resolution, so tokens below about 1e-7 of the likeliest are never drawn.
 
-    Cost on a [B, V] array: one pass when all rows are greedy; B * V random words to draw; up to 64
+    Cost on a [B, V] array: one pass when all rows are greedy; B * V random words to draw; up to 96
     more passes to filter (no sort); K-largest selection for alternatives.
 
     Args:
@@ -386,18 +409,14 @@ def sample(
     processed = process_logits(logits, state, features)
     tokens = jnp.argmax(processed, axis=-1).astype(jnp.int32)  # [B]
     if features.sampling:
-        greedy = state.temperature == 0
-        scaled = processed / jnp.where(greedy, 1, state.temperature)[:, None]
-        if features.filters:
-            scaled = filter_logits(scaled, state.top_k, state.top_p, state.min_p)
-        noise = _gumbel(state.key_data, state.step, logits.shape[-1])
-        drawn = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
-        tokens = jnp.where(greedy, tokens, drawn)
-    return _with_logprobs(tokens, logits, features.logprobs), _advance(state, tokens)
+        noise = gumbel(state.key_data, state.step, logits.shape[-1])
+        drawn = jnp.argmax(draw_logits(processed, state, features) + noise, axis=-1)
+        tokens = jnp.where(state.temperature == 0, tokens, drawn.astype(jnp.int32))
+    return with_logprobs(tokens, logits, features), _advance(state, tokens, features)
 
 
 def process_logits(logits: jax.Array, state: SamplingState, features: SamplingFeatures) -> jax.Array:
-    """Penalties, bias and forbidden ids: float32 [B, V] -> [B, V].
+    """Penalties, bias, forbidden ids and mask: float32 [B, V] -> [B, V].
 
     What holds for greedy decoding too. Transformers adds its bias before the repetition penalty;
     here, as in the OpenAI interface, the bias is the caller's last word.
@@ -412,7 +431,26 @@ def process_logits(logits: jax.Array, state: SamplingState, features: SamplingFe
         ban = jnp.where(state.step < state.min_new_tokens, -jnp.inf, 0.0)[:, None]
         bans = jnp.broadcast_to(ban, state.forbidden_ids.shape).astype(jnp.float32)
         logits = _at_ids(logits, state.forbidden_ids, bans)
+    if features.mask:
+        assert state.mask is not None, "state lacks a mask"
+        logits = mask_logits(logits, state.mask)
     return logits
+
+
+def mask_logits(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """Logits [B, V] with the tokens whose bit in `mask` [B, W] uint32 is 0 at -inf."""
+    bits = mask[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None]  # [B, W, 32]
+    allowed = bits.reshape(len(mask), -1)[:, : logits.shape[-1]] & 1
+    return jnp.where(allowed == 1, logits, -jnp.inf)
+
+
+def draw_logits(processed: jax.Array, state: SamplingState, features: SamplingFeatures) -> jax.Array:
+    """What sampled rows draw from the softmax of: `process_logits`'s result, scaled and filtered."""
+    temperature = jnp.where(state.temperature == 0, 1, state.temperature)
+    scaled = processed / temperature[:, None]
+    if not features.filters:
+        return scaled
+    return filter_logits(scaled, state.top_k, state.top_p, state.min_p, state.typical_p)
 
 
 def _penalize(logits: jax.Array, state: SamplingState) -> jax.Array:
@@ -435,34 +473,50 @@ def _at_ids(logits: jax.Array, ids: jax.Array, values: jax.Array) -> jax.Array:
     return jax.vmap(lambda row, at, value: row.at[at].add(value, mode="drop"))(logits, ids, values)
 
 
-def filter_logits(scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array) -> jax.Array:
-    """Top-k, then top-p of what it kept (arXiv:1904.09751), then min-p (arXiv:2407.01082).
+def filter_logits(
+    scaled: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array, typical_p: jax.Array
+) -> jax.Array:
+    """Top-k, then top-p (arXiv:1904.09751), min-p (arXiv:2407.01082) and locally typical sampling
+    (arXiv:2202.00666) of what was kept before.
 
-    Each filter is a threshold on the value, so tokens tied at the cut are all kept, and the
-    likeliest token always is. Thresholds are found by bisection: on XLA's CPU backend a sort of
-    [B, V] takes 16 times as long at [1, 32000] and 5 times at [32, 151936]. Each pass of the
-    bisection sums over V, so logits sharded over V are better gathered first.
+    Each filter is a threshold on a value, so tokens tied at the cut are all kept. The likeliest token
+    always is, but for typical sampling, where it may be too likely. Thresholds are found by bisection:
+    on XLA's CPU backend a sort of [B, V] takes 16 times as long at [1, 32000] and 5 times at
+    [32, 151936]. Each pass of the bisection sums over V, so logits sharded over V are better gathered
+    first.
 
     Args:
         scaled: [B, V] float32 logits after temperature.
         top_k: [B] int32, 0 is off.  top_p: [B] float32, 1 is off.  min_p: [B] float32, 0 is off.
+        typical_p: [B] float32, 1 is off.
 
     Returns:
         [B, V] with the tokens left out at -inf.
     """
-    top_k, top_p, min_p = top_k[:, None], top_p[:, None], min_p[:, None]  # [B, 1]
+    top_k, top_p, min_p, typical_p = (x[:, None] for x in (top_k, top_p, min_p, typical_p))  # [B, 1]
     order = _ordered_bits(scaled)
     k = jnp.where(top_k > 0, top_k.astype(jnp.float32), jnp.inf)
     threshold = _bisect(order, jnp.ones_like(scaled), k)
 
     largest = jnp.max(scaled, axis=-1, keepdims=True)
     mass = jnp.where(order >= threshold, jnp.exp(scaled - largest), 0)
-    # A target above zero, or the empty set would do for top_p = 0.
-    target = jnp.maximum(top_p * jnp.sum(mass, axis=-1, keepdims=True), jnp.finfo(mass.dtype).tiny)
-    threshold = jnp.maximum(threshold, _bisect(order, mass, jnp.where(top_p < 1, target, jnp.inf)))
+    threshold = jnp.maximum(threshold, _holding(order, mass, top_p))
 
     keep = (order >= threshold) & (scaled >= largest + jnp.log(min_p))
-    return jnp.where(keep, scaled, -jnp.inf)
+    scaled = jnp.where(keep, scaled, -jnp.inf)
+
+    logprobs = jax.nn.log_softmax(scaled, axis=-1)
+    mass = jnp.exp(logprobs)
+    entropy = -jnp.sum(jnp.where(mass > 0, mass * logprobs, 0), axis=-1, keepdims=True)
+    order = _ordered_bits(-jnp.abs(logprobs + entropy))  # surprisals nearest to the entropy are highest
+    return jnp.where(order >= _holding(order, mass, typical_p), scaled, -jnp.inf)
+
+
+def _holding(order: jax.Array, mass: jax.Array, share: jax.Array) -> jax.Array:
+    """The threshold [B, 1] on `order` that keeps this share [B, 1] of the mass; 1 keeps all."""
+    # A target above zero, or the empty set would do for a share of 0.
+    target = jnp.maximum(share * jnp.sum(mass, axis=-1, keepdims=True), jnp.finfo(mass.dtype).tiny)
+    return _bisect(order, mass, jnp.where(share < 1, target, jnp.inf))
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
@@ -489,7 +543,7 @@ def _bisect(order: jax.Array, weight: jax.Array, target: jax.Array) -> jax.Array
     return jax.lax.fori_loop(0, passes, fix_bit, jnp.zeros(target.shape, jnp.uint32))
 
 
-def _gumbel(key_data: jax.Array, step: jax.Array, vocab_size: int) -> jax.Array:
+def gumbel(key_data: jax.Array, step: jax.Array, vocab_size: int) -> jax.Array:
     """Noise [B, V]: row b's depends on its key and its step only."""
 
     def row_noise(row_key_data: jax.Array, row_step: jax.Array) -> jax.Array:
@@ -499,18 +553,28 @@ def _gumbel(key_data: jax.Array, step: jax.Array, vocab_size: int) -> jax.Array:
     return jax.vmap(row_noise)(key_data, step)
 
 
-def _with_logprobs(tokens: jax.Array, logits: jax.Array, alternatives: int | None) -> Sampled:
-    if alternatives is None:
+def with_logprobs(tokens: jax.Array, logits: jax.Array, features: SamplingFeatures) -> Sampled:
+    """The chosen tokens [B] with what the features want to know of the raw logits [B, V]."""
+    if features.logprobs is None:
         return Sampled(tokens, None, None, None)
-    logprobs = jax.nn.log_softmax(logits, axis=-1)
-    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
-    top_logprobs, top_ids = jax.lax.top_k(logprobs, alternatives)
-    return Sampled(tokens, chosen, top_ids, top_logprobs)
+    return Sampled(tokens, *token_logprobs(logits, tokens, features.logprobs))
 
 
-def _advance(state: SamplingState, tokens: jax.Array) -> SamplingState:
+def token_logprobs(
+    logits: jax.Array, tokens: jax.Array, alternatives: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log probabilities [...] of tokens [...] under logits [..., V], and those of the K likeliest:
+    their ids and values [..., K], K = min(alternatives, V)."""
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    chosen = jnp.take_along_axis(logprobs, tokens[..., None], axis=-1)[..., 0]
+    top_logprobs, top_ids = jax.lax.top_k(logprobs, min(alternatives, logits.shape[-1]))
+    return chosen, top_ids, top_logprobs
+
+
+def _advance(state: SamplingState, tokens: jax.Array, features: SamplingFeatures) -> SamplingState:
     counts = state.counts
-    if counts is not None:
+    if features.penalties:
+        assert counts is not None, "state lacks penalties"
         # One-hot, not a scatter: elementwise, so it needs no communication under any sharding.
         vocab = jax.lax.broadcasted_iota(jnp.int32, counts.shape, 1)
         counts = counts + (vocab == tokens[:, None]).astype(jnp.int32)

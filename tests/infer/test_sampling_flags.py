@@ -8,6 +8,7 @@ from absl import flags
 from llm_jax import LLM, SamplingParams
 from llm_jax.infer import sampling_flags
 from llm_jax.infer.beam import BeamOptions
+from llm_jax.ops.sampling_params import StructuredSpec
 
 BEAMS = {"num_beams": 4, "length_penalty": 0.5, "early_stopping": True, "num_return_sequences": 2}
 SAMPLED = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9}
@@ -36,6 +37,8 @@ def test_every_flag_reaches_its_field():
         --repetition_penalty=1.1 --presence_penalty=0.2 --frequency_penalty=0.3
         --stop_ids=5,6 --stop=a,b --stop=c --ignore_eos
         --max_new_tokens=9 --min_new_tokens=2 --num_return_sequences=2 --logprobs=4
+        --typical_p=0.7 --banned_ids=1,2 --allowed_ids=3,4 --best_of=5 --prompt_logprobs=6
+        --structured=regex:a:b
     """
     request, search = requested(SAMPLED | {"max_new_tokens": 5}, *arguments.split())
     bias = ((42, -1.5), (7, -float("inf")))
@@ -43,6 +46,8 @@ def test_every_flag_reaches_its_field():
     penalties = {"repetition_penalty": 1.1, "presence_penalty": 0.2, "frequency_penalty": 0.3}
     ends = {"stop_ids": (5, 6), "stop": ("a,b", "c"), "ignore_eos": True}
     limits = {"max_new_tokens": 9, "min_new_tokens": 2, "n": 2, "logprobs": 4}
+    choice |= {"typical_p": 0.7, "banned_ids": (1, 2), "allowed_ids": (3, 4)}
+    limits |= {"best_of": 5, "prompt_logprobs": 6, "structured": StructuredSpec("regex", "a:b")}
     assert request == SamplingParams(**choice, **penalties, **ends, **limits)
     assert search is None
 
@@ -52,6 +57,11 @@ def test_every_flag_reaches_its_field():
     [
         ({}, [], {"temperature": 0.0}),
         (SAMPLED, [], {"temperature": 0.6, "top_k": 20, "top_p": 0.9}),
+        (
+            SAMPLED | {"typical_p": 0.5},
+            [],
+            {"temperature": 0.6, "top_k": 20, "top_p": 0.9, "typical_p": 0.5},
+        ),
         (SAMPLED, ["--top_k=0"], {"temperature": 0.6, "top_p": 0.9}),
         (SAMPLED, ["--temperature=0"], {"temperature": 0.0}),
         (SAMPLED | {"num_return_sequences": 3}, [], {**SAMPLED, "n": 3}),
@@ -99,6 +109,8 @@ def test_log_probabilities_where_none_are_asked_for():
         ("--logit_bias=a:1", "ID:VALUE pairs"),
         ("--stop_ids=3,x", "token ids, as in 2,57"),
         ("--early_stopping=maybe", "true, false or never"),
+        ("--structured=json", "KIND:TEXT"),
+        ("--structured=xml:<a/>", "KIND:TEXT"),
     ],
 )
 def test_malformed_flags_say_what_was_expected(argument, expected):

@@ -78,6 +78,8 @@ def reference_processors(params, prompt_length=0, stop_ids=()):
         processors.append(transformers.TopPLogitsWarper(params.top_p))
     if params.min_p:
         processors.append(transformers.MinPLogitsWarper(params.min_p))
+    if params.typical_p < 1:
+        processors.append(transformers.TypicalLogitsWarper(params.typical_p))
     return processors
 
 
@@ -137,6 +139,30 @@ def test_an_infinite_negative_bias_bans_a_token():
     assert tokens[0, 0] == 1
 
 
+def test_banned_and_allowed_ids_match_transformers():
+    rows = [((3, 60), None), ((), (0, 31, 32, 60)), ((31,), (31, 32)), ((), None)]
+    params = [SamplingParams(banned_ids=banned, allowed_ids=allowed) for banned, allowed in rows]
+    state, features = pack(params)
+    logits = random_logits(6, 4)
+    got = process_logits(logits, state, features)
+    for row, (banned, allowed) in enumerate(rows):
+        left_out = set(banned) | (set(range(V)) - set(range(V) if allowed is None else allowed))
+        suppress = transformers.SuppressTokensLogitsProcessor(sorted(left_out))
+        expected = suppress(torch.zeros(1, 1, dtype=torch.long), torch.tensor(logits[row])[None])
+        np.testing.assert_array_equal(got[row], expected[0])
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 100])
+def test_a_mask_has_one_bit_for_each_token(vocab):
+    rng = np.random.default_rng(vocab)
+    logits, allowed = random_logits(0, 3, vocab), rng.random((3, vocab)) < 0.5
+    words = np.zeros((3, -(-vocab // 32)), np.uint32)
+    for row, token in np.argwhere(allowed):
+        words[row, token // 32] |= np.uint32(1) << np.uint32(token % 32)
+    expected = np.where(allowed, logits, -np.inf)
+    np.testing.assert_array_equal(sampling.mask_logits(jnp.asarray(logits), words), expected)
+
+
 def test_min_new_tokens_matches_transformers_at_every_step():
     minima, stops = [0, 2, 3], [[4], [4, 9, 11], [V - 1]]
     params = [SamplingParams(min_new_tokens=m, temperature=0) for m in minima]
@@ -154,24 +180,25 @@ def test_min_new_tokens_matches_transformers_at_every_step():
             generated[row].append(token)
 
 
-@pytest.mark.parametrize("filters", ["top_k", "top_p", "min_p", "all"])
+@pytest.mark.parametrize("filters", ["top_k", "top_p", "min_p", "typical_p", "all"])
 def test_filters_match_transformers_with_ragged_parameters(filters):
     rng = np.random.default_rng(1)
     rows = 80
-    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
     params = []
     for row in range(rows):
         drawn = {
             "top_k": int(rng.integers(0, V + 20)),
             "top_p": float(rng.choice([rng.uniform(), 0.0, 1.0, 0.999])),
             "min_p": float(rng.choice([rng.uniform(), 0.0, 1.0, 0.01])),
+            "typical_p": float(rng.choice([rng.uniform(), 0.1, 1.0, 0.95])),
         }
         chosen = drawn if filters == "all" else {**off, filters: drawn[filters]}
         params.append(SamplingParams(temperature=0.3 + row / rows, **chosen))
     logits = random_logits(2, rows)
     state, _ = pack(params)
     scaled = logits / state.temperature[:, None]
-    got = filter_logits(scaled, state.top_k, state.top_p, state.min_p)
+    got = filter_logits(scaled, state.top_k, state.top_p, state.min_p, state.typical_p)
     for row, p in enumerate(params):
         expected = reference_row(p, [0], logits[row])
         np.testing.assert_allclose(got[row], expected, rtol=1e-6, err_msg=str(p))
@@ -186,12 +213,14 @@ MIXES = {
     "top_k": SamplingParams(top_k=4),
     "top_p": SamplingParams(top_p=0.7, temperature=1.5),
     "min_p": SamplingParams(min_p=0.15),
+    "typical_p": SamplingParams(typical_p=0.5, temperature=1.2),
     "unfiltered": SamplingParams(repetition_penalty=1.8, temperature=1.2, min_new_tokens=1),
     "all": SamplingParams(
         temperature=1.7,
         top_k=8,
         top_p=0.95,
         min_p=0.05,
+        typical_p=0.9,
         repetition_penalty=1.5,
         min_new_tokens=2,
     ),
@@ -408,7 +437,7 @@ def test_features_add_only_what_they_need():
     filtered, _ = traced([SamplingParams(top_k=3, top_p=0.5)])
     assert "while" in primitives(filtered.jaxpr) and "sort" not in primitives(filtered.jaxpr)
     _, features = pack([SamplingParams(temperature=0, top_k=4), SamplingParams(logprobs=2)])
-    assert features == sampling.SamplingFeatures(True, False, False, False, False, 2)
+    assert features == dataclasses.replace(sampling.SAMPLED, logprobs=2)
     assert hash(features) == hash(dataclasses.replace(features))
 
 
@@ -457,6 +486,14 @@ def test_sample_runs_inside_a_scan():
         ("top_k", True),
         ("top_p", 1.01),
         ("min_p", -0.5),
+        ("typical_p", 1.5),
+        ("banned_ids", (-1,)),
+        ("banned_ids", 4),
+        ("allowed_ids", (1.5,)),
+        ("allowed_ids", ()),
+        ("best_of", 0),
+        ("prompt_logprobs", -1),
+        ("structured", "json"),
         ("repetition_penalty", 0.0),
         ("presence_penalty", math.inf),
         ("frequency_penalty", None),
@@ -493,6 +530,15 @@ def test_params_normalise_sequences_and_stay_hashable():
         ("stop_ids holds id 99", SamplingParams(min_new_tokens=1), {"stop_ids": [[99]]}),
         ("prompts holds id -1", SamplingParams(repetition_penalty=2), {"prompts": [[-1]]}),
         ("logprobs is 62", SamplingParams(logprobs=V + 1), {}),
+        ("prompt_logprobs is 62", SamplingParams(prompt_logprobs=V + 1), {}),
+        ("allowed_ids holds id 61", SamplingParams(allowed_ids=(V,)), {}),
+        ("banned_ids holds id 61", SamplingParams(banned_ids=(V,)), {}),
+        ("banned_ids holds all", SamplingParams(banned_ids=range(V)), {}),
+        (
+            r"allowed_ids is \(3,\): expected an id that does not end",
+            SamplingParams(allowed_ids=(3,), min_new_tokens=1),
+            {"stop_ids": [[3]]},
+        ),
         ("prompts has 2 rows: expected 1", SamplingParams(), {"prompts": [[1], [2]]}),
         ("sample_index has 0 rows", SamplingParams(), {"sample_index": []}),
         ("stop_ids has 3 rows", SamplingParams(), {"stop_ids": [[]] * 3}),
@@ -512,10 +558,10 @@ tied_logits = st.lists(
 ).filter(lambda row: max(row) > -math.inf)
 
 
-def kept_ids(row, top_k=0, top_p=1.0, min_p=0.0):
+def kept_ids(row, top_k=0, top_p=1.0, min_p=0.0, typical_p=1.0):
     scaled = np.array([row], np.float32)
-    k, p, m = np.array([top_k], np.int32), np.float32([top_p]), np.float32([min_p])
-    return np.isfinite(np.asarray(filter_logits(scaled, k, p, m))[0])
+    shares = (np.float32([share]) for share in (top_p, min_p, typical_p))
+    return np.isfinite(np.asarray(filter_logits(scaled, np.array([top_k], np.int32), *shares))[0])
 
 
 @hypothesis.settings(deadline=None, max_examples=150)
@@ -539,6 +585,22 @@ def test_top_k_keeps_k_and_the_ties_of_the_last(row, top_k):
     row = np.array(row)
     kth = np.sort(row)[::-1][min(top_k, 8) - 1] if top_k else -math.inf
     np.testing.assert_array_equal(keep, (row >= kth) & (row > -math.inf))
+
+
+@hypothesis.settings(deadline=None, max_examples=150)
+@hypothesis.given(row=tied_logits, typical_p=st.floats(0, 1))
+def test_typical_p_keeps_the_least_surprising_set_with_the_mass(row, typical_p):
+    keep = kept_ids(row, typical_p=typical_p)
+    probs = scipy.special.softmax(np.array(row))
+    possible, slack = probs > 0, 1e-5
+    assert keep.any() and not keep[~possible].any()
+    surprisal = -np.log(probs, where=possible, out=np.full(8, np.inf))
+    distance = np.abs(surprisal - scipy.stats.entropy(probs))
+    assert probs[keep].sum() >= typical_p - slack
+    assert distance[keep].max() <= distance[possible & ~keep].min(initial=np.inf) + slack
+    without_last = keep & (distance < distance[keep].max() - slack)
+    if without_last.any() and typical_p < 1:
+        assert probs[without_last].sum() < typical_p + slack
 
 
 @hypothesis.settings(deadline=None, max_examples=150)
