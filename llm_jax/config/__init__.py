@@ -7,10 +7,12 @@ reading    from a mapping or a config file, and back
 checks     what the settings are refused by
 model      the architecture of a model
 training   what every training run has
+engine     an inference engine
 tasks      what each task adds to it
 """
 
 from llm_jax.config.checks import unread as unread
+from llm_jax.config.engine import EngineConfig as EngineConfig
 from llm_jax.config.model import ModelConfig as ModelConfig
 from llm_jax.config.model import RopeScaling as RopeScaling
 from llm_jax.config.reading import from_dict as from_dict

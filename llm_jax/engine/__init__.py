@@ -1,0 +1,1 @@
+"""Many requests at once on one device: pages, prefixes, a schedule of steps."""

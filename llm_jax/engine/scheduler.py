@@ -1,0 +1,769 @@
+"""Which tokens of which sequences the next step computes, in which pages: a state machine, no device.
+
+    request -> waiting -> running: prompt in chunks -> one token a step -> finished
+                  ^                      |                   |
+                  +----- preempted ------+-------------------+
+
+The engine calls `plan`, runs the step on the device, and gives the sampled tokens to `commit`. It may
+ask for one more plan before that commit, so that the device never waits: then a sequence has pending
+tokens, which the device knows and the host does not. Device steps run in order, so a page may be given
+to a later plan as soon as nobody needs it after the plans made so far.
+
+All sequences have a rank: priority, plus one for every `aging_s` seconds since the request arrived,
+running or not. As all age alike, the order of two never changes, and none is overtaken forever. Who
+ranks higher is served first, and never loses pages to one that ranks lower: so the first always gets on.
+"""
+
+import bisect
+import collections
+import dataclasses
+import heapq
+from collections.abc import Callable, Collection, Mapping
+
+from llm_jax.engine.pages import PagePool, PoolSpec
+from llm_jax.engine.prefix import PrefixCache
+from llm_jax.engine.request import Reason, Request, Sequence
+
+PIPELINE = 2  # plans that may await their commit
+PREEMPTION = ("recompute", "offload")
+
+
+class QueueFull(RuntimeError):
+    """No more requests are taken for now."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+    """Sizes and policy. ValueError names the field that cannot be."""
+
+    max_rows: int  # running sequences at most
+    token_budget: int  # new tokens of a step at most, chunks rounded up to `alignment`
+    page_size: int  # tokens
+    pools: tuple[PoolSpec, ...]
+    max_length: int  # tokens of a sequence, prompt and generated
+    max_queue: int = 1024  # waiting requests
+    prefix_cache: bool = True
+    alignment: int = 16  # rows of several tokens begin at multiples of this
+    chunk_tokens: int = 0  # of a row in a step at most; 0 = the budget
+    preemption: str = "recompute"  # or "offload": to host pages, while there are any
+    host_pages: int = 0  # for each pool
+    aging_s: float = 10.0  # seconds in which a request gains one priority; inf: never
+    watermark: float = 0.01  # share of each pool that admissions leave to the running sequences
+
+    def __post_init__(self):
+        for name in ("max_rows", "page_size", "max_queue", "alignment"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length}: a prompt and one new token are at least 2")
+        least = self.max_rows - 1 + self.alignment
+        if self.token_budget < least:
+            raise ValueError(
+                f"token_budget={self.token_budget}: expected max_rows - 1 + alignment = {least} or "
+                "more, so that a prompt gets on while all other rows decode"
+            )
+        if self.chunk_tokens < 0 or self.chunk_tokens % self.alignment:
+            raise ValueError(
+                f"chunk_tokens={self.chunk_tokens}: expected 0 or a multiple of "
+                f"alignment={self.alignment}"
+            )
+        if not self.pools:
+            raise ValueError("pools=(): at least one pool of pages is needed")
+        for spec in self.pools:
+            if spec.pages < 2 or spec.window < 0:
+                raise ValueError(f"pools has {spec}: expected at least 2 pages and a window from 0 on")
+        self._check_policy()
+
+    def _check_policy(self):
+        if self.preemption not in PREEMPTION:
+            raise ValueError(f"preemption={self.preemption!r}: expected one of {PREEMPTION}")
+        if self.host_pages < 0 or (self.host_pages > 0) != (self.preemption == "offload"):
+            raise ValueError(
+                f"host_pages={self.host_pages} with preemption={self.preemption!r}: offload needs host "
+                "pages, recompute has no use for them"
+            )
+        if not self.aging_s > 0:
+            raise ValueError(f"aging_s={self.aging_s}: must be more than 0 seconds (inf: no aging)")
+        if not 0 <= self.watermark < 1:
+            raise ValueError(f"watermark={self.watermark}: must be a share from 0 to below 1")
+
+    @property
+    def chunk_limit(self) -> int:
+        """Tokens of a row in a step at most."""
+        return min(self.chunk_tokens or self.token_budget, self.token_budget)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Row:
+    """Tokens [start, start + count) of a sequence in one step."""
+
+    sequence: Sequence
+    start: int
+    count: int  # the last `drafted` of them are the sequence's draft
+    samples: bool  # whether a token comes after the last one: it is the sequence's last so far
+    first: bool  # whether the sequence had no row in its slot yet: its sampling state must be set
+    drafted: int = 0
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class StepPlan:
+    """One step. Read it, and its sequences' pages and slots, before the scheduler is called again.
+
+    Before the step, in this order: `offloads`, `copies`, `restores`, each all at once (a page may be the
+    source of one entry and the target of a later one). Pages hold what the steps before left in them.
+    """
+
+    number: int
+    decodes: list[Row] = dataclasses.field(default_factory=list)  # one token each
+    chunks: list[Row] = dataclasses.field(default_factory=list)  # several tokens each
+    copies: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)  # pool, source, target
+    offloads: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)  # pool, device, host
+    restores: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)  # pool, device, host
+    released: list[Sequence] = dataclasses.field(default_factory=list)  # have lost their slots
+    cost: int = 0  # tokens of the budget
+
+    @property
+    def rows(self) -> list[Row]:
+        """The decodes, then the chunks: a row's index for `commit` is its place here."""
+        return self.decodes + self.chunks
+
+    @property
+    def tokens(self) -> int:
+        """New tokens, without padding."""
+        return len(self.decodes) + sum(row.count for row in self.chunks)
+
+
+@dataclasses.dataclass(slots=True)
+class Event:
+    """New tokens of a sequence, and why it ended if it did."""
+
+    sequence: Sequence
+    tokens: list[int]
+    reason: Reason | None
+
+
+@dataclasses.dataclass
+class Statistics:
+    """Counts since the start."""
+
+    steps: int = 0
+    rows: int = 0
+    scheduled_tokens: int = 0
+    padded_tokens: int = 0  # of the budget
+    requests: int = 0
+    refused: int = 0  # the queue was full
+    finished: int = 0  # sequences, for any reason
+    preemptions: int = 0
+    offloads: int = 0  # of those, to host pages
+    forks: int = 0  # by `fork`
+    copied_pages: int = 0
+    deferred: int = 0  # admissions put off as their prefix was being computed
+    hit_tokens: int = 0  # from the prefix cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """How busy it is. Pages by pool."""
+
+    running: int
+    waiting: int
+    waiting_tokens: int  # to compute before the waiting ones can go on
+    free_pages: tuple[int, ...]  # free or idle
+    total_pages: tuple[int, ...]
+    free_host_pages: tuple[int, ...]
+
+
+class Scheduler:
+    """Holds all requests from `add` until they end. One thread; `clock` in seconds is its only outside.
+
+    A method reads the clock once at most. What ends comes as an Event of the next `commit` or `poll`.
+    """
+
+    def __init__(self, config: SchedulerConfig, clock: Callable[[], float]):
+        self.config = config
+        self.pools = [PagePool(spec.pages) for spec in config.pools]
+        self.prefix = PrefixCache(config.page_size, config.pools, self.pools)
+        self.statistics = Statistics()
+        self._clock = clock
+        self._waiting: list[Sequence] = []  # by rank, as is _running; a leader stands for its siblings
+        self._running: list[Sequence] = []
+        self._slots = list(range(config.max_rows))  # free ones, a heap
+        self._host = [list(range(config.host_pages)) for _ in self.pools]  # free host pages
+        self._live: dict[str, list[Sequence]] = {}
+        self._deadlines: list[tuple[float, int, Request]] = []  # a heap; may hold what has ended
+        self._open: collections.deque[StepPlan] = collections.deque()  # await their commit
+        self._events: list[Event] = []
+        self._released: list[Sequence] = []
+        self._short: tuple[Sequence | None, list[int]] = (None, [])  # waits for pages, available then
+        self._margin = [int(spec.pages * config.watermark) for spec in config.pools]
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """Sequences with a slot, highest rank first."""
+        return tuple(self._running)
+
+    @property
+    def waiting(self) -> tuple[Sequence, ...]:
+        """The queue, next one first. Of a request that has not begun only the first sample is here."""
+        return tuple(self._waiting)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to plan or to commit."""
+        return not (self._live or self._open)
+
+    def load(self) -> Load:
+        """How busy it is now."""
+        return Load(
+            running=self.config.max_rows - len(self._slots),
+            waiting=len(self._waiting),
+            waiting_tokens=sum(sequence.length - sequence.computed for sequence in self._waiting),
+            free_pages=tuple(pool.available for pool in self.pools),
+            total_pages=tuple(pool.pages - 1 for pool in self.pools),
+            free_host_pages=tuple(map(len, self._host)),
+        )
+
+    # Requests.
+
+    def add(self, request: Request) -> None:
+        """Queue a request. ValueError where it can never run or its id is in use; QueueFull for now."""
+        now = self._clock()
+        self._check(request)
+        if len(self._waiting) >= self.config.max_queue:
+            self.statistics.refused += 1
+            raise QueueFull(f"{len(self._waiting)} requests wait, max_queue={self.config.max_queue}")
+        number = self.statistics.requests
+        self.statistics.requests += 1
+        age = now / self.config.aging_s
+        samples = [
+            Sequence(
+                request,
+                sample,
+                rank=(age - request.priority, number, sample),
+                tokens=list(request.prompt),
+                pages=self._no_pages(),
+            )
+            for sample in range(request.n)
+        ]
+        self._live[request.id] = samples
+        samples[0].siblings = samples[1:]
+        bisect.insort(self._waiting, samples[0], key=_rank)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, number, request))
+
+    def cancel(self, id: str, reason: Reason = Reason.CANCELLED) -> bool:
+        """End all samples of a request now; False where the id is not in use."""
+        return self._end_all(id, reason)
+
+    def end(self, sequence: Sequence, reason: Reason = Reason.STOP) -> None:
+        """End one sequence now (a beam that was given up), and its samples that have not begun."""
+        for each in [sequence, *sequence.siblings]:
+            if each.finished is None:
+                self._finish(each, reason)
+
+    def fork(self, sequence: Sequence, token: int | None = None) -> Sequence:
+        """A copy that runs on from the known tokens and shares their pages, without those pending.
+
+        token: instead of the last known one, which the copy computes itself. ValueError where the
+        sequence does not run, has two rows uncommitted, or no row is free.
+        """
+        if sequence.slot < 0:
+            raise ValueError(f"sequence {sequence.key} does not run: fork it while it has a slot")
+        if sequence.pending > 1 and sequence.verifying is None:
+            raise ValueError(f"sequence {sequence.key} has {sequence.pending} pending: commit first")
+        if not self._slots:
+            raise ValueError(f"all max_rows={self.config.max_rows} rows are taken: end a sequence first")
+        self.statistics.forks += 1
+        sample = sequence.request.n - 1 + self.statistics.forks
+        copy = Sequence(
+            sequence.request,
+            sample,
+            rank=(*sequence.rank[:2], sample),
+            tokens=list(sequence.tokens),
+            pages=[],
+            slot=heapq.heappop(self._slots),
+        )
+        if token is not None:
+            copy.tokens[-1] = token
+        self._live[sequence.request.id].append(copy)
+        self._share_pages(sequence, copy)
+        return copy
+
+    def poll(self) -> list[Event]:
+        """Events that no commit has returned: cancellations, deadlines met while planning."""
+        return self._take_events()
+
+    # Steps.
+
+    def plan(self) -> StepPlan | None:
+        """The next step, to be run, or None where there is nothing before a commit or a new request.
+
+        ValueError where PIPELINE plans already await their commit.
+        """
+        if len(self._open) >= PIPELINE:
+            raise ValueError(f"{PIPELINE} plans await their commit: commit the oldest first")
+        self._expire(self._clock())
+        plan = StepPlan(self.statistics.steps)
+        preemptions = self.statistics.preemptions
+        self._plan_running(plan)
+        if preemptions == self.statistics.preemptions or not plan.cost:  # else pages are short
+            self._admit(plan)
+        if not (plan.cost or plan.offloads):
+            return None
+        for row in plan.rows:
+            self._after(row)
+        plan.released, self._released = self._released, []
+        self._open.append(plan)
+        self._count(plan)
+        return plan
+
+    def commit(
+        self, plan: StepPlan, tokens: Mapping[int, list[int]], stopped: Collection[int] = ()
+    ) -> list[Event]:
+        """Take in what the oldest open plan sampled; returns the events since the last time.
+
+        tokens: by index into plan.rows, for rows that sample: one token, or up to 1 + drafted. stopped:
+        indices of rows whose last token ends them. What has ended already is ignored.
+        """
+        if not self._open or self._open[0] is not plan:
+            raise ValueError(f"plan {plan.number} is not the oldest that awaits its commit")
+        self._open.popleft()
+        for index, row in enumerate(plan.rows):
+            if row.samples and row.sequence.finished is None:
+                self._accept(row, tokens.get(index, []), index in stopped)
+        self._expire(self._clock())
+        return self._take_events()
+
+    def _take_events(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    # Running sequences.
+
+    def _plan_running(self, plan: StepPlan) -> None:
+        """Rows for the running sequences: the decodes, then the prompts."""
+        decodes, prompts = [], []
+        for sequence in self._running:
+            left = sequence.length - sequence.computed
+            if sequence.verifying is None and _to_sample(sequence) > 0:
+                (decodes if left == 1 else prompts).append(sequence)
+        for number, sequence in enumerate(decodes, 1):
+            if sequence.slot >= 0:  # else it just gave up its pages to another
+                drafted = self._trim_draft(plan, sequence, len(decodes) - number)
+                self._place(plan, sequence, 1 + drafted, drafted)
+        for sequence in prompts:
+            count = self._chunk(plan, sequence.length - sequence.computed)
+            if sequence.slot >= 0 and count:
+                self._place(plan, sequence, count)
+
+    def _trim_draft(self, plan: StepPlan, sequence: Sequence, after: int) -> int:
+        """Cut a draft to what it may bring and the budget bears with `after` rows and a chunk."""
+        if not sequence.draft:
+            return 0
+        alignment = self.config.alignment
+        spare = self.config.token_budget - plan.cost - after - alignment
+        most = min(_to_sample(sequence), spare // alignment * alignment, self.config.chunk_limit) - 1
+        if sequence.pending:
+            most = 0  # it was drafted before its last token was known
+        sequence.draft = sequence.draft[: max(0, most)]
+        return len(sequence.draft)
+
+    def _chunk(self, plan: StepPlan, left: int) -> int:
+        """How many of the `left` tokens of a sequence the step can take."""
+        room = self.config.token_budget - plan.cost
+        if left == 1:
+            return min(1, room)
+        return min(left, self.config.chunk_limit, room // self.config.alignment * self.config.alignment)
+
+    def _cost(self, count: int) -> int:
+        """Tokens of the budget that a row of `count` tokens takes."""
+        return count if count == 1 else -(-count // self.config.alignment) * self.config.alignment
+
+    def _place(self, plan: StepPlan, sequence: Sequence, count: int, drafted: int = 0) -> None:
+        """Plan a row of a running sequence, unless its pages lack and it has to be preempted itself."""
+        start = sequence.computed
+        if not self._hold(plan, sequence, start, start + count):
+            return
+        samples = start + count - drafted >= sequence.length
+        row = Row(sequence, start, count, samples, sequence.fresh, drafted)
+        (plan.decodes if count == 1 else plan.chunks).append(row)
+        plan.cost += self._cost(count)
+        sequence.fresh = False
+        sequence.computed += count
+        if samples:
+            sequence.pending += 1 + drafted
+        if drafted:
+            sequence.verifying = row
+
+    def _after(self, row: Row) -> None:
+        """What the step of a row makes possible for later ones: prefix pages, the other samples."""
+        sequence = row.sequence
+        if row.count > 1:
+            self._remember(sequence)
+        if row.samples and sequence.siblings:
+            for sibling, slot in zip(sequence.siblings, sequence.spare, strict=True):
+                sibling.slot = slot
+                self._share_pages(sequence, sibling)
+            sequence.siblings, sequence.spare = [], []
+
+    def _accept(self, row: Row, tokens: list[int], stopped: bool) -> None:
+        """Add a row's sampled tokens to its sequence, which may have lost its slot since."""
+        sequence = row.sequence
+        if not 1 <= len(tokens) <= 1 + row.drafted:
+            raise ValueError(
+                f"{len(tokens)} tokens for a row of {sequence.key}: expected 1 to {1 + row.drafted}"
+            )
+        sequence.tokens.extend(tokens)
+        sequence.pending -= 1 + row.drafted
+        if sequence.verifying is row:
+            sequence.verifying, sequence.draft = None, []
+            sequence.computed -= row.count - len(tokens)
+        if stopped:
+            self._finish(sequence, Reason.STOP, tokens)
+        elif len(sequence.tokens) - len(sequence.request.prompt) >= sequence.request.max_new_tokens:
+            self._finish(sequence, Reason.LENGTH, tokens)
+        else:
+            self._remember(sequence)
+            self._events.append(Event(sequence, tokens, None))
+
+    # Admission.
+
+    def _admit(self, plan: StepPlan) -> None:
+        """Rows for waiting sequences by rank. None goes before one that waits for pages."""
+        free = len(self._slots)
+        for sequence in self._waiting[:free]:
+            free -= 1 + len(sequence.siblings)
+            if free < 0 or plan.cost + self.config.alignment > self.config.token_budget:
+                return
+            if sequence.pending:
+                continue  # until its commit
+            if self._still_short(sequence):
+                return
+            start, held = sequence.computed, sequence.host
+            if held:
+                self._trim_host(sequence)
+            else:
+                start, held = self._match(sequence)
+                if self._comes(plan, sequence, start):
+                    self.statistics.deferred += 1
+                    continue
+            count = self._chunk(plan, sequence.length - start)
+            if not self._fits(sequence, held, start + count):
+                self._short = sequence, [pool.available for pool in self.pools]
+                return
+            self._enter(plan, sequence, start, held)
+            self._place(plan, sequence, count)
+
+    def _still_short(self, sequence: Sequence) -> bool:
+        """Whether pages lacked for this sequence and none came back since: spares the search."""
+        which, available = self._short
+        return (
+            which is sequence
+            and bool(self._running)
+            and all(pool.available <= n for pool, n in zip(self.pools, available, strict=True))
+        )
+
+    def _match(self, sequence: Sequence) -> tuple[int, list[list[int]]]:
+        """Tokens and pages that the prefix cache has for a sequence."""
+        if self._caches(sequence):
+            return self.prefix.match(sequence.tokens, sequence.request.adapter)
+        return 0, self._no_pages()
+
+    def _comes(self, plan: StepPlan, sequence: Sequence, matched: int) -> bool:
+        """Whether a prompt of this plan computes the page that the sequence would have to begin with."""
+        stop = matched + self.config.page_size
+        if stop >= len(sequence.tokens) or not self._caches(sequence):
+            return False
+        page = sequence.tokens[matched:stop]
+        return any(
+            row.start < stop <= len(row.sequence.tokens)
+            and row.sequence.tokens[matched:stop] == page
+            and row.sequence.tokens[:matched] == sequence.tokens[:matched]
+            and row.sequence.request.adapter == sequence.request.adapter
+            and self._caches(row.sequence)
+            for row in plan.chunks
+        )
+
+    def _fits(self, sequence: Sequence, held: list[list[int]], stop: int) -> bool:
+        """Whether there are pages for all known tokens, or those seen by a row that ends at `stop`.
+
+        held: pages that the prefix cache has for it, or its host pages.
+        """
+        others = bool(self._running)
+        for spec, pool, pages, margin in zip(
+            self.config.pools, self.pools, held, self._margin, strict=True
+        ):
+            need = self._pages(stop if spec.window else sequence.length) - len(pages)
+            if sequence.host:
+                need += sum(page >= 0 for page in pages)
+            else:
+                need += sum(map(pool.is_idle, pages))
+            if others:
+                need += margin + len(sequence.siblings)
+            if need > pool.available:
+                return False
+        return True
+
+    def _enter(self, plan: StepPlan, sequence: Sequence, start: int, held: list[list[int]]) -> None:
+        """Give a waiting sequence its slots, what was computed of it, and pages for all known tokens."""
+        _remove(self._waiting, sequence)
+        bisect.insort(self._running, sequence, key=_rank)
+        sequence.slot, *sequence.spare = (
+            heapq.heappop(self._slots) for _ in range(1 + len(sequence.siblings))
+        )
+        sequence.fresh = True
+        if sequence.host:
+            self._restore(plan, sequence)
+        elif self._caches(sequence):
+            self.prefix.use(len(sequence.tokens), start, held)
+            self.statistics.hit_tokens += start
+            sequence.pages = held
+        sequence.computed = start
+        for spec, pool, pages in zip(self.config.pools, self.pools, sequence.pages, strict=True):
+            if not spec.window:  # a window's pages come with each row
+                pages += pool.allocate(self._pages(sequence.length) - len(pages))
+
+    # Pages.
+
+    def _pages(self, tokens: int) -> int:
+        """Pages of so many tokens."""
+        return -(-tokens // self.config.page_size)
+
+    def _no_pages(self) -> list[list[int]]:
+        return [[] for _ in self.pools]
+
+    def _caches(self, sequence: Sequence) -> bool:
+        """Whether the prefix cache serves a sequence."""
+        return self.config.prefix_cache and sequence.request.reuse_prefix
+
+    def _hold(self, plan: StepPlan, sequence: Sequence, start: int, stop: int) -> bool:
+        """Let a sequence have pages of its own for the tokens from start to stop, and give up what they
+        see no more; False where that had it preempted.
+        """
+        first, whole = start // self.config.page_size, self._pages(stop)
+        lacking = False
+        for spec, pool, pages in zip(self.config.pools, self.pools, sequence.pages, strict=True):
+            if spec.window:
+                self._slide(spec, pool, pages, start)
+            if whole > len(pages) or pool.references(pages[first]) > 1:
+                lacking = True
+        return not lacking or self._obtain(plan, sequence, first, whole)
+
+    def _obtain(self, plan: StepPlan, sequence: Sequence, first: int, whole: int) -> bool:
+        """New pages up to the page `whole`, and a copy of the page `first` where it is shared."""
+        needs, shared = [], []
+        for pool, pages in zip(self.pools, sequence.pages, strict=True):
+            shared.append(first < len(pages) and pool.references(pages[first]) > 1)
+            needs.append(max(0, whole - len(pages)) + shared[-1])
+        if not self._make_room(plan, sequence, needs):
+            return False
+        for index, (pool, pages) in enumerate(zip(self.pools, sequence.pages, strict=True)):
+            new = pool.allocate(needs[index])
+            if shared[index]:
+                plan.copies.append((index, pages[first], new[0]))
+                pool.release(pages[first])
+                pages[first] = new.pop(0)
+            pages += new
+        return True
+
+    def _slide(self, spec: PoolSpec, pool: PagePool, pages: list[int], start: int) -> None:
+        """Release the pages of a pool with a window that tokens from `start` on do not see."""
+        hidden = max(0, start - spec.window + 1) // self.config.page_size
+        for at in range(hidden - 1, -1, -1):
+            if pages[at] < 0:
+                return  # so are those before
+            pool.release(pages[at])
+            pages[at] = -1
+
+    def _make_room(self, plan: StepPlan, sequence: Sequence, needs: list[int]) -> bool:
+        """Preempt the lowest ranks until there are pages; False when that is the sequence itself."""
+        while any(need > pool.available for need, pool in zip(needs, self.pools, strict=True)):
+            lowest = self._running[-1]
+            self._preempt(plan, lowest)
+            if lowest is sequence:
+                return False
+        return True
+
+    def _share_pages(self, parent: Sequence, child: Sequence) -> None:
+        """Start a fork, which computes its last known token itself: the parent's pages of the others."""
+        child.computed = min(parent.computed, len(child.tokens) - 1)
+        whole = self._pages(child.computed)
+        child.pages = [pages[:whole] for pages in parent.pages]
+        for pool, pages in zip(self.pools, child.pages, strict=True):
+            for page in pages:
+                if page >= 0:
+                    pool.share(page)
+        bisect.insort(self._running, child, key=_rank)
+
+    def _remember(self, sequence: Sequence) -> None:
+        """Leave pages filled with known tokens in the prefix cache."""
+        whole = min(sequence.computed, len(sequence.tokens)) // self.config.page_size
+        if whole > sequence.kept and sequence.slot >= 0 and self._caches(sequence):
+            sequence.node = self.prefix.insert(
+                sequence.tokens, sequence.pages, whole, sequence.request.adapter, sequence.node
+            )
+            sequence.kept = whole
+
+    # Leaving.
+
+    def _preempt(self, plan: StepPlan, sequence: Sequence) -> None:
+        """Send a running sequence back to the queue, without its slot, pages and row in this plan."""
+        self.statistics.preemptions += 1
+        intact = self._undo(plan, sequence)
+        if not (intact and self._offload(plan, sequence)):
+            sequence.computed, sequence.verifying = 0, None
+        self._leave(sequence)
+        bisect.insort(self._waiting, sequence, key=_rank)
+
+    def _undo(self, plan: StepPlan, sequence: Sequence) -> bool:
+        """Take the row of a sequence out of the plan; whether its pages hold all that was computed."""
+        row = next((row for row in plan.rows if row.sequence is sequence), None)
+        if row is None:
+            return True
+        (plan.decodes if row.count == 1 else plan.chunks).remove(row)
+        plan.cost -= self._cost(row.count)
+        sequence.computed = row.start
+        if row.samples:
+            sequence.pending -= 1 + row.drafted
+        if row.drafted:
+            sequence.verifying = None
+        mine = {(pool, page) for pool, pages in enumerate(sequence.pages) for page in pages}
+        copies = [copy for copy in plan.copies if (copy[0], copy[2]) not in mine]
+        intact = len(copies) == len(plan.copies)  # else a page waits for a copy that is not made now
+        plan.copies = copies
+        return intact
+
+    def _offload(self, plan: StepPlan, sequence: Sequence) -> bool:
+        """Have what was computed of a sequence copied to host pages; False where they lack."""
+        start = sequence.verifying.start if sequence.verifying else sequence.computed
+        for spec, pool, pages in zip(self.config.pools, self.pools, sequence.pages, strict=True):
+            if spec.window:
+                self._slide(spec, pool, pages, start)
+        whole = self._pages(sequence.computed)
+        held = [pages[:whole] for pages in sequence.pages]
+        needs = [sum(page >= 0 for page in pages) for pages in held]
+        if not whole or any(need > len(free) for need, free in zip(needs, self._host, strict=True)):
+            return False
+        for pool, pages in enumerate(held):
+            for at, page in enumerate(pages):
+                if page >= 0:
+                    pages[at] = self._host[pool].pop()
+                    plan.offloads.append((pool, page, pages[at]))
+        sequence.host = held
+        self.statistics.offloads += 1
+        return True
+
+    def _trim_host(self, sequence: Sequence) -> None:
+        """Free the host pages of a draft that was judged after it was offloaded."""
+        whole = self._pages(sequence.computed)
+        for free, pages in zip(self._host, sequence.host, strict=True):
+            free += pages[whole:]
+            del pages[whole:]
+
+    def _restore(self, plan: StepPlan, sequence: Sequence) -> None:
+        """Give a sequence device pages for its host pages."""
+        for index, (pool, pages) in enumerate(zip(self.pools, sequence.host, strict=True)):
+            for at, page in enumerate(pages):
+                if page >= 0:
+                    pages[at] = pool.allocate(1)[0]
+                    plan.restores.append((index, pages[at], page))
+                    self._host[index].append(page)
+        sequence.pages, sequence.host = sequence.host, []
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take a running sequence's slots and pages."""
+        _remove(self._running, sequence)
+        for slot in [sequence.slot, *sequence.spare]:
+            heapq.heappush(self._slots, slot)
+        for pool, pages in zip(self.pools, sequence.pages, strict=True):
+            for page in reversed(pages):  # so that the prefix cache gives up the last pages first
+                if page >= 0:
+                    pool.release(page)
+        sequence.slot, sequence.spare, sequence.draft = -1, [], []
+        sequence.pages = self._no_pages()
+        sequence.node, sequence.kept = None, 0
+        self._released.append(sequence)
+
+    def _finish(self, sequence: Sequence, reason: Reason, tokens: list[int] | None = None) -> None:
+        """End a sequence wherever it is."""
+        if sequence.slot >= 0:
+            self._remember(sequence)
+            self._leave(sequence)
+        else:
+            _remove(self._waiting, sequence)  # not there if its first sample has not forked it yet
+        for free, pages in zip(self._host, sequence.host or self._no_pages(), strict=True):
+            free += [page for page in pages if page >= 0]
+        sequence.host, sequence.siblings = [], []
+        sequence.finished = reason
+        self.statistics.finished += 1
+        live = self._live[sequence.request.id]
+        live.remove(sequence)
+        if not live:
+            del self._live[sequence.request.id]
+        self._events.append(Event(sequence, tokens or [], reason))
+
+    def _end_all(self, id: str, reason: Reason) -> bool:
+        sequences = list(self._live.get(id, ()))
+        for sequence in sequences:
+            self._finish(sequence, reason)
+        return bool(sequences)
+
+    def _expire(self, now: float) -> None:
+        """End requests whose deadline has come."""
+        while self._deadlines and self._deadlines[0][0] <= now:
+            request = heapq.heappop(self._deadlines)[2]
+            live = self._live.get(request.id)
+            if live and live[0].request is request:
+                self._end_all(request.id, Reason.DEADLINE)
+
+    # Checks and counts.
+
+    def _check(self, request: Request) -> None:
+        """ValueError where a request can never run."""
+        config, total = self.config, len(request.prompt) + request.max_new_tokens
+        name = f"request {request.id!r}"
+        if request.id in self._live:
+            raise ValueError(f"{name}: the id is in use; give every request its own")
+        if not request.prompt:
+            raise ValueError(f"{name}: prompt has no tokens; give at least one (a bos token will do)")
+        if request.max_new_tokens < 1:
+            raise ValueError(f"{name}: max_new_tokens={request.max_new_tokens}: must be at least 1")
+        if not 1 <= request.n <= config.max_rows:
+            raise ValueError(f"{name}: n={request.n}: must be from 1 to max_rows={config.max_rows}")
+        if total > config.max_length:
+            raise ValueError(
+                f"{name}: {len(request.prompt)} prompt tokens and max_new_tokens="
+                f"{request.max_new_tokens} are more than max_length={config.max_length}; shorten one"
+            )
+        for spec in config.pools:
+            pages = self._pages(total - 1)  # the last token is never an input
+            if spec.window:  # what a chunk sees, and the token after it; they begin anywhere in a page
+                pages = min(pages, self._pages(spec.window + config.chunk_limit) + 1)
+            if pages > spec.pages - 1:
+                raise ValueError(
+                    f"{name}: {total} tokens need {pages} pages and {spec} gives out {spec.pages - 1}: "
+                    "shorten the request, or give the pool more pages"
+                )
+
+    def _count(self, plan: StepPlan) -> None:
+        self.statistics.steps += 1
+        self.statistics.rows += len(plan.decodes) + len(plan.chunks)
+        self.statistics.scheduled_tokens += plan.tokens
+        self.statistics.padded_tokens += plan.cost
+        self.statistics.copied_pages += len(plan.copies)
+
+
+def _remove(ranked: list[Sequence], sequence: Sequence) -> None:
+    """Take a sequence out of a list by rank, if it is there."""
+    at = bisect.bisect_left(ranked, sequence.rank, key=_rank)
+    if at < len(ranked) and ranked[at] is sequence:
+        del ranked[at]
+
+
+def _rank(sequence: Sequence) -> tuple[float, int, int]:
+    return sequence.rank
+
+
+def _to_sample(sequence: Sequence) -> int:
+    """Tokens that no planned row samples yet."""
+    return sequence.request.max_new_tokens - sequence.length + len(sequence.request.prompt)

@@ -1,0 +1,255 @@
+"""The engine beside `LLM.generate`, which has one batch and no pages: the same tokens always."""
+
+import asyncio
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+
+from llm_jax import LLM, SamplingParams
+from llm_jax.config import EngineConfig
+from llm_jax.engine.engine import Engine
+from llm_jax.engine.scheduler import QueueFull
+
+SIZES = {"max_rows": 4, "token_budget": 32, "max_length": 96, "page_size": 16, "compile_ahead": False}
+TEXTS = [
+    "我喜欢编程。",
+    "今天天气很好",
+    "人工智能",
+    "程序员每天都在写代码，他们喜欢解决难题，也喜欢学习新的东西。",
+]
+GREEDY = SamplingParams(max_new_tokens=20, temperature=0)
+VARIED = [
+    SamplingParams(max_new_tokens=17, temperature=0.8, top_p=0.9, seed=1),
+    SamplingParams(max_new_tokens=9, temperature=1.2, top_k=20, seed=2, repetition_penalty=1.3, n=2),
+    SamplingParams(max_new_tokens=20, temperature=0, logprobs=3, frequency_penalty=0.5),
+    SamplingParams(max_new_tokens=12, temperature=0.7, min_p=0.05, seed=4, logit_bias={7: 2.0}),
+]
+
+
+@pytest.fixture(scope="module")
+def llm():
+    return LLM()
+
+
+@pytest.fixture(scope="module")
+def expected(llm):
+    """What LLM.generate makes of TEXTS, greedily and as VARIED asks."""
+    varied = [
+        output
+        for pair in zip(TEXTS, VARIED, strict=True)
+        for output in llm.generate(*[[x] for x in pair])
+    ]
+    return {"greedy": llm.generate(TEXTS, GREEDY), "varied": varied}
+
+
+def engine(llm, **changes):
+    return Engine(llm, EngineConfig(**(SIZES | changes)))
+
+
+def nothing_left(engine):
+    """Whether no page is in use and no request is known."""
+    assert engine.idle and not engine._live
+    for scheduler in engine.schedulers:
+        load = scheduler.load()
+        assert load.running == load.waiting == 0 and load.free_pages == load.total_pages
+    return True
+
+
+def same(outputs, wanted):
+    assert [o.token_ids for o in outputs] == [o.token_ids for o in wanted]
+    assert [o.text for o in outputs] == [o.text for o in wanted]
+    assert [o.finish_reason for o in outputs] == [o.finish_reason for o in wanted]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"overlap": False},
+        {"prefix_cache": False, "page_size": 8},
+        {"max_rows": 2, "token_budget": 17},
+        {"speculation": "prompt_lookup", "draft_tokens": 3},
+    ],
+    ids=lambda changes: "-".join(changes) or "default",
+)
+def test_the_same_tokens_as_a_fixed_batch(llm, expected, changes):
+    serving = engine(llm, **changes)
+    same(serving.generate(TEXTS, GREEDY), expected["greedy"])
+    outputs = serving.generate(TEXTS, VARIED)
+    same(outputs, expected["varied"])
+    for ours, theirs in zip(outputs, expected["varied"], strict=True):
+        if theirs.logprobs is not None:
+            np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
+            assert [list(top) for top in ours.top_logprobs] == [list(t) for t in theirs.top_logprobs]
+    assert nothing_left(serving)
+
+
+@pytest.mark.parametrize("preemption", ["recompute", "offload"])
+def test_pages_run_out(llm, expected, preemption):
+    host = {"host_pages": 8} if preemption == "offload" else {}
+    texts, few = TEXTS * 2, {"pages": (8,), "page_size": 8, "max_length": 56}
+    serving = engine(llm, preemption=preemption, **host, **few)
+    same(serving.generate(texts, GREEDY), expected["greedy"] * 2)
+    statistics = serving.schedulers[0].statistics
+    assert statistics.preemptions > 0
+    assert (statistics.offloads > 0) == (preemption == "offload")
+    assert nothing_left(serving)
+
+
+@pytest.mark.parametrize("mesh", ["data:2", pytest.param("data:2,tensor:2", marks=pytest.mark.slow)])
+def test_meshes(expected, mesh):
+    serving = engine(LLM(mesh=mesh))
+    same(serving.generate(TEXTS, GREEDY), expected["greedy"])
+    assert all(s.statistics.requests == 2 for s in serving.schedulers), "each shard has its share"
+    assert nothing_left(serving)
+
+
+def test_nothing_is_compiled_after_the_beginning(llm, expected):
+    serving = engine(llm, compile_ahead=True, max_rows=2, token_budget=32)
+    assert serving.programs.misses == 0
+    same(serving.generate(TEXTS, GREEDY), expected["greedy"])
+    serving.generate(TEXTS, VARIED)
+    assert serving.programs.misses == 0
+
+
+def test_random_cancellation_leaves_the_others_alone(llm, expected):
+    serving, rng = engine(llm), random.Random(0)
+    wanted = {}
+    for i in range(16):
+        name = serving.add(TEXTS[i % 4], GREEDY, id=f"r{i}")
+        wanted[name] = expected["greedy"][i % 4]
+    victims, ended = rng.sample(sorted(wanted), 8), {}
+    while not serving.idle:
+        for delta in serving.step():
+            if delta.finish_reason:
+                ended[delta.id] = delta.output
+        if victims and rng.random() < 0.5:
+            serving.cancel(victims.pop())
+    assert set(ended) == set(wanted)
+    reasons = {name: output.finish_reason for name, output in ended.items()}
+    assert 0 < sum(reason == "cancelled" for reason in reasons.values()) <= 8
+    for name, output in ended.items():
+        if reasons[name] != "cancelled":
+            assert output.token_ids == wanted[name].token_ids
+        else:
+            assert output.token_ids == wanted[name].token_ids[: len(output.token_ids)]
+    assert nothing_left(serving) and not serving.cancel("r0")
+
+
+def test_a_callback_that_raises_ends_its_own_request(llm, expected, caplog):
+    serving, got = engine(llm), {}
+
+    def bad(delta):
+        raise RuntimeError("the caller's own")
+
+    serving.add(TEXTS[0], GREEDY, id="bad", on_text=bad)
+    serving.add(TEXTS[1], GREEDY, id="good")
+    while not serving.idle:
+        got |= {delta.id: delta.output for delta in serving.step()}
+    assert got["bad"].finish_reason == "error" and "its callback raised" in caplog.text
+    assert got["good"].token_ids == expected["greedy"][1].token_ids
+    assert nothing_left(serving)
+
+
+def test_streams_of_asyncio(llm, expected):
+    serving = engine(llm)
+
+    async def read(text):
+        return "".join([delta.text async for delta in serving.stream(text, GREEDY)])
+
+    async def leave(text):
+        async for _ in serving.stream(text, GREEDY):
+            break
+
+    async def both():
+        return await asyncio.gather(*map(read, TEXTS), leave(TEXTS[0]))
+
+    texts = asyncio.run(both())
+    assert texts[:4] == [output.text for output in expected["greedy"]]
+    while not serving.idle:
+        serving.step()
+    assert nothing_left(serving)
+
+
+def test_a_shared_beginning_is_computed_once(llm):
+    serving = engine(llm, max_rows=4, token_budget=64)
+    prefix = list(range(5, 69))
+    prompts = [[*prefix, 100 + i] for i in range(6)]
+    outputs = serving.generate(prompts, dataclasses.replace(GREEDY, max_new_tokens=4))
+    same(outputs, llm.generate(prompts, dataclasses.replace(GREEDY, max_new_tokens=4)))
+    statistics = serving.schedulers[0].statistics
+    assert statistics.hit_tokens == 5 * 64
+    serving.generate(prompts, dataclasses.replace(GREEDY, max_new_tokens=1))
+    assert statistics.hit_tokens == 11 * 64
+
+
+def test_stop_strings_and_ids(llm, expected):
+    serving, whole = engine(llm), expected["greedy"][0]
+    cut = dataclasses.replace(GREEDY, stop=(whole.text[4:6],))
+    same(serving.generate([TEXTS[0]], cut), llm.generate([TEXTS[0]], cut))
+    ended = dataclasses.replace(GREEDY, stop_ids=(whole.token_ids[3],))
+    same(serving.generate([TEXTS[0]], ended), llm.generate([TEXTS[0]], ended))
+    assert nothing_left(serving)
+
+
+def test_prompt_logprobs_and_best_of(llm):
+    serving = engine(llm, prompt_logprobs=True)
+    asked = dataclasses.replace(GREEDY, prompt_logprobs=2, max_new_tokens=3)
+    prompt = list(range(10, 60))  # in two chunks
+    (ours,), (theirs,) = (x.generate([prompt], asked) for x in (serving, llm))
+    assert ours.prompt_logprobs[0] is None and len(ours.prompt_logprobs) == len(prompt)
+    np.testing.assert_allclose(ours.prompt_logprobs[1:], theirs.prompt_logprobs[1:], atol=1e-4)
+    assert [set(x or ()) for x in ours.prompt_top_logprobs] == [
+        set(x or ()) for x in theirs.prompt_top_logprobs
+    ]
+    best = SamplingParams(max_new_tokens=8, temperature=1, seed=3, best_of=4, n=2)
+    same(serving.generate([TEXTS[0]], best), llm.generate([TEXTS[0]], best))
+    with pytest.raises(ValueError, match="prompt_logprobs is 2: this engine was not made for it"):
+        engine(llm).add(prompt, asked)
+
+
+def test_what_is_refused_and_what_waits(llm):
+    serving = engine(llm, max_queue=2)
+    refused = {
+        "has no tokens": ([], GREEDY),
+        "together more than max_positions": ([5] * 600, GREEDY),
+        "more than max_length=96": ([5] * 90, GREEDY),
+        "from 1 to max_row": ("a", dataclasses.replace(GREEDY, n=9)),
+        "logprobs is 21": ("a", dataclasses.replace(GREEDY, logprobs=21)),
+        "holds id 9999": ([9999], GREEDY),
+    }
+    for message, request in refused.items():
+        with pytest.raises(ValueError, match=message):
+            serving.add(*request)
+    with pytest.raises(ValueError, match="top_p is 2"):
+        SamplingParams(top_p=2)
+    serving.add("a", GREEDY, id="x")
+    with pytest.raises(ValueError, match="in use"):
+        serving.add("a", GREEDY, id="x")
+    serving.add("a", GREEDY)
+    with pytest.raises(QueueFull, match="max_queue=2"):
+        serving.add("a", GREEDY)
+    late = {}
+    serving.cancel("x")
+    serving.add("b", GREEDY, id="late", deadline_s=0.0)
+    while not serving.idle:
+        late |= {delta.id: delta.finish_reason for delta in serving.step()}
+    assert late["late"] == "deadline" and late["x"] == "cancelled"
+    assert nothing_left(serving)
+    with pytest.raises(ValueError, match="max_length=9999: expected at most max_positions"):
+        engine(llm, max_length=9999)
+    with pytest.raises(ValueError, match=r"pages=\(9, 9\): expected one number"):
+        engine(llm, pages=(9, 9))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_caches_of_eight_bits(llm, expected, dtype):
+    serving = engine(llm, cache_dtype=dtype)
+    outputs = serving.generate(TEXTS, dataclasses.replace(GREEDY, logprobs=0))
+    agree = [
+        ours.token_ids[:4] == theirs.token_ids[:4]
+        for ours, theirs in zip(outputs, expected["greedy"], strict=True)
+    ]
+    assert sum(agree) >= 3, "rounded keys change a token only where two are about as likely"
