@@ -1,12 +1,11 @@
 """Traffic: many requests of unequal length, and how fast an engine and others answer them.
 
 The usual figures of the field: TTFT, the time to a request's first token; TPOT, its time per token after
-that; ITL, the time between two tokens; all of them by percentiles, beside requests and tokens per second.
+that; ITL, the time between two tokens; all by percentiles, beside requests and tokens per second.
 """
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Which contiguous cache a fixed batch gets: tiles for the TPU's kernel, else heads-major arrays."""
+"""Which contiguous cache a fixed batch gets: tiles where there is a kernel, else heads-major arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 from llm_jax.cache.dense import DenseCache, abstract_dense
 from llm_jax.cache.tiled import TiledCache, abstract_tiled, why_not_tiled
 from llm_jax.config import ModelConfig
+from llm_jax.kernels.choice import kernel_refusal
 
 Cache = DenseCache | TiledCache
 
@@ -16,9 +17,7 @@ def abstract_cache(
 ) -> Cache:
     """Shapes, dtypes and shardings of what `init_cache` allocates, for compiling ahead of time."""
     kind = mesh.devices.flat[0].device_kind
-    why_not = why_not_tiled(config, size)
-    if not kind.startswith("TPU"):
-        why_not = f"there is no kernel for {kind}"
+    why_not = kernel_refusal(kind, config.head_dim) or why_not_tiled(config, size)
     if config.attention == "pallas" and why_not:
         raise ValueError(f"attention='pallas': {why_not}; take 'auto' or 'xla'")
     if config.attention == "xla" or why_not:

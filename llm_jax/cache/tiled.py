@@ -1,4 +1,4 @@
-"""The contiguous cache of TPUs: a row per sequence, laid out as the kernel of single tokens reads it.
+"""The contiguous cache where there is a kernel: a row per sequence, laid out as that reads one token.
 
 Letters: L layers, B batch, T prompt tokens, W window, M tiles of Z tokens, N query heads, K cached
 heads, H head dim.

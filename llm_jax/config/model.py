@@ -93,7 +93,7 @@ class ModelConfig:
     # What a layer keeps for its backward pass, which computes the rest again: "none" = everything;
     # "dots" = the results of all products; "dots_no_batch" = of those with weights; "full" = its input
     remat: str = "none"
-    # "auto" = kernels on TPUs where they serve; "pallas" = those or an error; "xla" = none
+    # "auto" = kernels on TPUs and GPUs where they serve; "pallas" = those or an error; "xla" = none
     attention: str = "auto"
     # Dtypes: "" = float32 on CPU, bfloat16 on TPU and GPU (see `with_dtypes`)
     param_dtype: str = ""

@@ -1,8 +1,11 @@
-"""What kernels must know of a TPU to choose their blocks by rule; see llm_jax/tpu/chips.py for the
-sources.
+"""What kernels must know of a TPU or GPU to choose their blocks by rule.
+
+Sources: of TPUs, see llm_jax/tpu/chips.py; of GPUs, NVIDIA's data sheets and its table of technical
+specifications per compute capability (CUDA C++ programming guide).
 """
 
 import dataclasses
+import re
 
 import jax
 
@@ -35,6 +38,51 @@ RULES = {  # the device's kind: its rule
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class GpuRule:
+    """One NVIDIA GPU. capability: 9.0 is 90; shared_bytes: that a block may have."""
+
+    name: str
+    capability: int
+    multiprocessors: int
+    shared_bytes: int
+
+
+KIB = 1 << 10
+OLDEST_CAPABILITY = 80  # the first with bfloat16 and asynchronous copies into shared memory
+GPUS = {  # a word of the device's kind: its rule
+    rule.name: rule
+    for rule in (
+        GpuRule("V100", 70, 80, 96 * KIB),
+        GpuRule("T4", 75, 40, 64 * KIB),
+        GpuRule("A100", 80, 108, 163 * KIB),
+        GpuRule("A30", 80, 56, 163 * KIB),
+        GpuRule("A10", 86, 72, 99 * KIB),
+        GpuRule("A10G", 86, 80, 99 * KIB),
+        GpuRule("A40", 86, 84, 99 * KIB),
+        GpuRule("A6000", 86, 84, 99 * KIB),
+        GpuRule("3090", 86, 82, 99 * KIB),
+        GpuRule("4090", 89, 128, 99 * KIB),
+        GpuRule("L4", 89, 58, 99 * KIB),
+        GpuRule("L40", 89, 142, 99 * KIB),
+        GpuRule("L40S", 89, 142, 99 * KIB),
+        GpuRule("H100", 90, 132, 227 * KIB),
+        GpuRule("H200", 90, 132, 227 * KIB),
+        GpuRule("H20", 90, 78, 227 * KIB),
+        GpuRule("GH200", 90, 132, 227 * KIB),
+        GpuRule("B200", 100, 148, 227 * KIB),
+        GpuRule("GB200", 100, 148, 227 * KIB),
+    )
+}
+
+
+def gpu_rule(kind: str) -> GpuRule | None:
+    """Of a device's kind, such as "NVIDIA H100 80GB HBM3"; None for what is no GPU that is known."""
+    if not kind.startswith(("NVIDIA ", "Tesla ")):
+        return None
+    return next((GPUS[word] for word in re.split(r"[\s-]", kind) if word in GPUS), None)
+
+
 def device_kind() -> str:
     """Of the devices that are computed on: those of the mesh that is set, else the first one there."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -55,3 +103,12 @@ def chip_rule(interpret: bool = False) -> ChipRule:
             f"device kind {kind!r}: expected one of {tuple(RULES)}; add it to kernels/chips.py"
         )
     return RULES[kind]
+
+
+def gpu_in_use(interpret: bool | str = False) -> GpuRule | None:
+    """The rule of the GPU that is computed on, if it is one; interpret: "gpu" pretends to an H100, and
+    True to a TPU.
+    """
+    if interpret:
+        return GPUS["H100"] if interpret == "gpu" else None
+    return gpu_rule(device_kind())

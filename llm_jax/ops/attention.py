@@ -196,7 +196,7 @@ class FullContext:
         return attention(q, k, v, mask, scale=options.scale, softcap=options.softcap), self
 
     def _by_kernel(self, q, k, v, positions, window, options):
-        """The same on a TPU, each device its own rows and heads."""
+        """The same by a kernel, each device its own rows and heads."""
         mesh = jax.sharding.get_abstract_mesh()
         tensor = 1 if mesh.empty else mesh.shape["tensor"]
         if q.shape[2] % tensor == 0 and k.shape[2] % tensor:  # then each shard has what its queries read

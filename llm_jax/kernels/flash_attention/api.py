@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.kernels.chips import ChipRule, chip_rule, device_kind
-from llm_jax.kernels.choice import Choice, attention_refusal
+from llm_jax.kernels.chips import ChipRule, GpuRule, chip_rule, device_kind, gpu_in_use
+from llm_jax.kernels.choice import Choice, attention_refusal, kernel_name
+from llm_jax.kernels.flash_attention import gpu
+from llm_jax.kernels.flash_attention.gpu_backward import flash_backward as gpu_backward
 from llm_jax.kernels.flash_attention.plan import fetched, plan_by_ids, plan_by_index
 from llm_jax.kernels.flash_attention.reference import reference_attention
 from llm_jax.kernels.flash_attention.tpu import (
@@ -39,7 +41,7 @@ def choose(q: jax.Array, k: jax.Array, kind: str | None = None) -> Choice:
     if q.shape[1] < LANES or k.shape[2] < LANES:
         sizes = f"{q.shape[1]} queries and {k.shape[2]} keys"
         return Choice("xla", f"{sizes}: below {LANES} the kernel would mostly compute padding", True)
-    return Choice("pallas", "TPU kernel", True)
+    return Choice("pallas", kernel_name(kind), True)
 
 
 def flash_attention(
@@ -58,7 +60,7 @@ def flash_attention(
     block_mask: jax.Array | np.ndarray | None = None,
     implementation: str | None = None,
     blocks: Blocks | None = None,
-    interpret: bool = False,
+    interpret: bool | str = False,
 ) -> tuple[jax.Array, jax.Array]:
     """(attention [B, T, N, H] in the dtype of q, log of the sums of exponentials [B, N, T] float32).
 
@@ -72,9 +74,9 @@ def flash_attention(
     nothing (Xiao et al. 2023; gpt-oss). block_mask bool [B or 1, T / block_q, S / block_k], with
     `blocks` that divide T and S: False hides whole blocks besides, which then cost nothing.
 
-    implementation: "pallas" (TPU), "xla", or None for `choose`. blocks: of the TPU kernel; tuned ones
-    or by a rule of the chip's memory if not given. interpret: run the kernel on a CPU, for tests. Both
-    results may be differentiated.
+    implementation: "pallas" (TPU and GPU), "xla", or None for `choose`. blocks: of the TPU kernel; tuned
+    ones or by a rule of the chip's memory if not given. interpret: run the TPU's kernel on a CPU, for
+    tests, or with "gpu" the GPU's. Both results may be differentiated.
 
     Raises ValueError for arrays that do not fit each other and for an implementation that cannot run.
     """
@@ -93,7 +95,10 @@ def flash_attention(
         out, log = reference_attention(q, k, v, mask, scale=scale, softcap=softcap)
     else:
         masks = (causal, window, offset, positions, segments, block_mask)
-        out, log = _pallas(q, k, v, scale, softcap, *masks, blocks, interpret)
+        if rule := gpu_in_use(interpret):
+            out, log = _by_gpu(rule, q, k, v, scale, softcap, masks, blocks, bool(interpret))
+        else:
+            out, log = _by_tpu(q, k, v, scale, softcap, masks, blocks, bool(interpret))
     return (out, log) if sinks is None else _with_sinks(out, log, sinks)
 
 
@@ -104,9 +109,50 @@ def _with_sinks(out, log, sinks):
     return (out.astype(jnp.float32) * share).astype(out.dtype), jnp.logaddexp(log, sinks)
 
 
-def _pallas(
-    q, k, v, scale, softcap, causal, window, offset, positions, segments, block_mask, blocks, interpret
-):
+def _by_gpu(rule: GpuRule, q, k, v, scale, softcap, masks, blocks, interpret):
+    """By the GPU's kernels, which take arrays as they are."""
+    causal, window, offset, positions, segments, block_mask = masks
+    tiles, reach = gpu.tile_rule(rule, q.shape[-1], q.dtype.itemsize), reach_of(causal, window)
+    spec = gpu.Spec(tiles, scale, softcap, reach, offset, interpret)
+    visits: list[gpu.Visits | None] = [None, None, None]
+    if positions is not None or segments is not None or block_mask is not None:
+        whole = Blocks(LANES, LANES, LANES, LANES)  # multiples of every tile
+        ids = _ids(q.shape[0], q.shape[1], k.shape[2], offset, positions, segments, whole)
+        visits = [
+            gpu.visits_by_ids(*ids, causal, window, tile, block_mask, blocks, by_keys=n == 1)
+            for n, tile in enumerate(tiles)
+        ]
+    results: Any = _attend_gpu(spec, q, k, v, visits)
+    return results
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend_gpu(spec: gpu.Spec, q, k, v, visits):
+    """(output, log); visits of the forward kernel, of that for keys and of that for queries."""
+    return gpu.flash_forward(q, k, v, visits[0], spec)
+
+
+def _attend_gpu_forward(spec, q, k, v, visits):
+    out, log = gpu.flash_forward(q, k, v, visits[0], spec)
+    return (out, log), (q, k, v, out, log, visits)
+
+
+def _attend_gpu_backward(spec, saved, grads):
+    q, k, v, out, log, visits = saved
+    out_grad, log_grad = grads
+    products = out_grad.astype(jnp.float32) * out.astype(jnp.float32)
+    # The logarithm's own gradient reaches the scores by the weights, as delta does.
+    delta = products.sum(axis=-1).transpose(0, 2, 1) - log_grad
+    log = jnp.where(log > HIDDEN / 2, log, -HIDDEN)  # weights of 0 for a query that sees nothing
+    gradients = gpu_backward((q, k, v, out_grad, log, delta), visits[1], visits[2], spec)
+    return *gradients, jax.tree.map(lambda _: None, visits)
+
+
+_attend_gpu.defvjp(_attend_gpu_forward, _attend_gpu_backward)
+
+
+def _by_tpu(q, k, v, scale, softcap, masks, blocks, interpret):
+    causal, window, offset, positions, segments, block_mask = masks
     (batch, queries, heads, dim), (_, kv_heads, keys, _) = q.shape, k.shape
     rule, groups = chip_rule(interpret), heads_at_once(heads // kv_heads)
     plain = positions is None and segments is None

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax.kernels.chips import ChipRule, chip_rule, device_kind
-from llm_jax.kernels.choice import Choice, attention_refusal
+from llm_jax.kernels.chips import ChipRule, chip_rule, device_kind, gpu_in_use, gpu_rule
+from llm_jax.kernels.choice import Choice, attention_refusal, kernel_name
+from llm_jax.kernels.paged_attention import gpu
 from llm_jax.kernels.paged_attention.reference import reference_paged_attention
 from llm_jax.kernels.paged_attention.scales import LANES, spread_scales
 from llm_jax.kernels.paged_attention.tpu_chunk import ChunkSizes, chunk_attention
@@ -46,12 +47,15 @@ def choose(q: jax.Array, pages: Pages, rows: Rows, kind: str | None = None) -> C
     kind = device_kind() if kind is None else kind
     if refusal := attention_refusal(q, kind):
         return Choice("xla", refusal)
+    if rule := gpu_rule(kind):
+        refusal = gpu.refusal(rule, pages)
+        return Choice("xla", refusal) if refusal else Choice("pallas", kernel_name(kind))
     table = math.prod(rows.table.shape) * 4
     if table > TABLE_BYTES:
         shape = "x".join(map(str, rows.table.shape))
         found = f"a table of {shape} pages takes {table >> 10} KiB of scalar memory"
         return Choice("xla", f"{found}, {TABLE_BYTES >> 10} are there: take larger pages or fewer rows")
-    return Choice("pallas", "TPU kernel")
+    return Choice("pallas", kernel_name(kind))
 
 
 def paged_attention(
@@ -67,7 +71,7 @@ def paged_attention(
     softcap: float = 0.0,
     implementation: str | None = None,
     sizes: Sizes | None = None,
-    interpret: bool = False,
+    interpret: bool | str = False,
 ) -> tuple[jax.Array, Pages]:
     """(attention [T, N, H] in the dtype of q, the pages with the new tokens, in place if donated).
 
@@ -79,8 +83,9 @@ def paged_attention(
 
     Tokens are quantized to 8-bit pages here, each head's largest number to the largest that there is.
 
-    implementation: "pallas" (TPU), "xla", or None for `choose`. interpret: run the kernels on a CPU, for
-    tests. It cannot be differentiated by way of "pallas": training attends within the batch.
+    implementation: "pallas" (TPU and GPU), "xla", or None for `choose`. sizes: of the TPU's kernels.
+    interpret: run the TPU's kernels on a CPU, for tests, or with "gpu" the GPU's. It cannot be
+    differentiated by way of "pallas": training attends within the batch.
 
     Raises ValueError for arrays that do not fit each other and for an implementation that cannot run.
     """
@@ -101,9 +106,12 @@ def paged_attention(
         return reference_paged_attention(
             q, new, new_scales, pages, rows, layer, scale=scale, window=window, softcap=softcap
         )
-    rule = chip_rule(interpret)
+    if of_gpu := gpu_in_use(interpret):
+        how = {"scale": scale, "softcap": softcap, "interpret": bool(interpret)}
+        return gpu.paged(of_gpu, q, new, new_scales, pages, rows, layer, window, **how)
+    rule = chip_rule(bool(interpret))
     sizes = sizes or _sizes(rule, q, pages, rows.starts.shape[0], rows.table.shape[1])
-    how = _options(rule, scale, softcap, interpret)
+    how = _options(rule, scale, softcap, bool(interpret))
     held = _arrays(pages)
     given = (new,) if new_scales is None else (new, new_scales)
     count = rows.starts.shape[0]
@@ -131,30 +139,34 @@ def contiguous_attention(
     window: jax.Array | int = 0,
     ring: bool = False,
     softcap: float = 0.0,
-    interpret: bool = False,
+    interpret: bool | str = False,
 ) -> tuple[jax.Array, Pages]:
-    """`paged_attention` of one new token a row, by the TPU kernel, to rows whose pages are in order.
+    """`paged_attention` of one new token a row, by the kernel, to rows whose pages are in order.
 
     q [R, N, H], k and v [R, K, H]; pages of L layers with R M pages, row r's from r M on; lengths [R]
     int32, of rows without the new token, less than M Z. ring: pages hold a row's last M Z tokens, the
     new one in place of the oldest, and lengths are any. The rest as there.
     """
-    count, rule = q.shape[0], chip_rule(interpret)
+    layer, window = jnp.asarray(layer, jnp.int32), jnp.asarray(window, jnp.int32)
+    window = jnp.where(window == 0, NO_WINDOW, window)
     new, new_scales = _new(k, v, pages)
+    if of_gpu := gpu_in_use(interpret):
+        how = {"scale": scale, "softcap": softcap, "interpret": bool(interpret)}
+        return gpu.contiguous(of_gpu, q, new, new_scales, pages, lengths, layer, window, ring, **how)
+    count, rule = q.shape[0], chip_rule(bool(interpret))
     given = [new] if new_scales is None else [new, new_scales]
     order = InOrder(pages.tokens.shape[1] // count, ring)
-    window = jnp.asarray(window, jnp.int32)
     out, held = _decode(
         q,
         given,
         _arrays(pages),
-        jnp.asarray(layer, jnp.int32),
+        layer,
         (lengths,),
         rows=count,
-        window=jnp.where(window == 0, NO_WINDOW, window),
+        window=window,
         order=order,
         sizes=_sizes(rule, q, pages, count, order.pages).decode,
-        **_options(rule, scale, softcap, interpret),
+        **_options(rule, scale, softcap, bool(interpret)),
     )
     return out, Pages(*held, *[None] * (2 - len(held)))
 

@@ -38,7 +38,7 @@ def reference_paged_attention(
     """
     count, most = q.shape[0], rows.starts.shape[0]
     row, position = token_rows(rows, count)
-    pages = _written(pages, new, new_scales, rows, layer, row, position)
+    pages = write_tokens(pages, new, new_scales, rows.table, layer, row, position)
     attend = functools.partial(
         _attend, pages=pages, layer=layer, scale=scale, window=window, softcap=softcap
     )
@@ -80,9 +80,10 @@ def token_rows(rows: Rows, count: int) -> tuple[jax.Array, jax.Array]:
     return jnp.where(found, row, -1), jnp.where(found, position, -1)
 
 
-def _written(pages: Pages, new, scales, rows: Rows, layer, row, position) -> Pages:
+def write_tokens(pages: Pages, new, scales, table, layer, row, position) -> Pages:
+    """The pages with T new tokens, each of a row of `table` [R, M]; position -1: none."""
     size = pages.page_size
-    at = rows.table[row, jnp.maximum(position, 0) // size]
+    at = table[row, jnp.maximum(position, 0) // size]
     at = jnp.where(position >= 0, at, pages.tokens.shape[1])  # dropped
     tokens = pages.tokens.at[layer, at, :, position % size].set(
         new.astype(pages.tokens.dtype), mode="drop"
