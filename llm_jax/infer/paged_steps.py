@@ -24,6 +24,7 @@ from llm_jax.cache.paged import PagedCache, StepRows
 from llm_jax.kernels.paged_attention.reference import token_rows
 from llm_jax.kernels.paged_attention.types import Rows
 from llm_jax.models import Model
+from llm_jax.models.adapter_bank import with_places
 from llm_jax.ops.sampling import (
     EVERYTHING,
     MAX_LOGPROBS,
@@ -50,6 +51,7 @@ class StepShape:
     pages: int  # M
     pools: int
     scored: bool = False  # whether it says of each token how likely it was
+    adapters: bool = False  # whether each row may have one
 
     @property
     def fields(self) -> dict[str, tuple[int, ...]]:
@@ -65,6 +67,7 @@ class StepShape:
             "at": (self.samples,),  # which of the tokens get logits
             **{f"table{i}": table for i in range(self.pools)},
             **({"targets": (self.tokens,)} if self.scored else {}),  # what came after each
+            **({"adapters": rows} if self.adapters else {}),  # their places; -1 is none
         }
 
     def empty(self, shards: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -94,7 +97,8 @@ def make_paged_forward(model: Model, shape: StepShape, strict: bool = False) -> 
 
     cache: a `PagedCache`, donated. last: the newest token of each slot, which the host may not know yet.
     strict: one token after the other, each by the same code, so that no bit of a result depends on what
-    else is in the step or on how a text was cut into steps.
+    else is in the step or on how a text was cut into steps. Of a shape with `adapters` params hold an
+    `AdapterBank`.
     """
 
     @functools.partial(jax.jit, donate_argnames="cache")
@@ -106,7 +110,9 @@ def make_paged_forward(model: Model, shape: StepShape, strict: bool = False) -> 
         tables = tuple(parts[f"table{i}"] for i in range(shape.pools))
         rows = StepRows(tables, *(parts[name] for name in _OF_ROWS))
         run = _one_by_one if strict else _together
-        hidden, cache = run(net, cache, tokens, rows)
+        adapters = _of_tokens(parts["adapters"], rows, tokens.shape[1]) if shape.adapters else None
+        bind = functools.partial(_bind, model, params, strict)
+        hidden, cache = run(bind, cache, tokens, rows, adapters)
         chosen = jnp.take_along_axis(hidden, parts["at"][..., None], axis=1)
         unembed = functools.partial(_unembed, net, strict)
         results = unembed(chosen), cache.constrained()
@@ -118,21 +124,33 @@ def make_paged_forward(model: Model, shape: StepShape, strict: bool = False) -> 
 _OF_ROWS = ("starts", "counts", "lengths", "decodes", "rows")
 
 
-def _together(net, cache: PagedCache, tokens: jax.Array, rows: StepRows):
-    """(hidden [D, T, E], cache) of all tokens at once."""
+def _bind(model: Model, params, strict: bool, adapters: jax.Array | None):
+    """The modules for tokens whose adapters have these places."""
+    return model.bind(params if adapters is None else with_places(params, adapters, alone=strict))
+
+
+def _of_tokens(per_row: jax.Array, rows: StepRows, count: int) -> jax.Array:
+    """[D, T] of [D, R]; -1 in padding."""
+    row = _places(rows, count)[0]
+    return jnp.where(row < 0, -1, jnp.take_along_axis(per_row, jnp.maximum(row, 0), axis=1))
+
+
+def _together(bind: Callable, cache: PagedCache, tokens: jax.Array, rows: StepRows, adapters):
+    """(hidden [D, T, E], cache) of all tokens at once. adapters [D, T]: their places, or None."""
     positions = _places(rows, tokens.shape[1])[1]
-    hidden, context = net(tokens, jnp.maximum(positions, 0), cache.context(rows))
+    hidden, context = bind(adapters)(tokens, jnp.maximum(positions, 0), cache.context(rows))
     return hidden, context.cache
 
 
-def _one_by_one(net, cache: PagedCache, tokens: jax.Array, rows: StepRows):
+def _one_by_one(bind: Callable, cache: PagedCache, tokens: jax.Array, rows: StepRows, adapters):
     """The same, a token of each shard at a time."""
     of_token, positions = _places(rows, tokens.shape[1])
     at = jnp.maximum(of_token, 0)
     tables = tuple(jax.vmap(lambda table, row: table[row])(table, at) for table in rows.tables)
 
     def one(cache, given):
-        token, position, *tables = given
+        token, position, adapter, *tables = given
+        net = bind(None if adapter is None else adapter[:, None])
         there = (position >= 0).astype(jnp.int32)  # none in padding: nothing is written
         flat = jnp.zeros_like(position)[:, None]
         lengths = jnp.maximum(position + 1, 1)[:, None]
@@ -140,7 +158,7 @@ def _one_by_one(net, cache: PagedCache, tokens: jax.Array, rows: StepRows):
         hidden, context = net(token[:, None], jnp.maximum(position, 0)[:, None], cache.context(row))
         return context.cache, hidden[:, 0]
 
-    turned = jax.tree.map(lambda x: x.swapaxes(0, 1), (tokens, positions, *tables))
+    turned = jax.tree.map(lambda x: x.swapaxes(0, 1), (tokens, positions, adapters, *tables))
     cache, hidden = jax.lax.scan(one, cache, turned)
     return hidden.swapaxes(0, 1), cache
 
@@ -209,14 +227,13 @@ def make_paged_sample(features: SamplingFeatures, strict: bool = False) -> Calla
     likeliest, and the bits of theirs: see `read_chosen`. slots: donated. strict: a row at a time.
     """
 
+    run = _row_by_row if strict else sample
+
     @functools.partial(jax.jit, donate_argnames="slots")
     def choose(logits, slots, of):
         def rows(logits, slots, at, steps):
             state = dataclasses.replace(_rows_of(slots, at), step=steps)
-            if not strict:
-                return sample(logits, state, features)
-            one = lambda x: sample(x[0][None], jax.tree.map(lambda y: y[None], x[1]), features)  # noqa: E731
-            return jax.tree.map(lambda x: x[:, 0], jax.lax.map(one, (logits, state)))
+            return run(logits, state, features)
 
         at = of[:, 0]
         sampled, after = jax.vmap(rows)(logits, slots, at, of[:, 1])
@@ -236,21 +253,15 @@ def make_paged_verify(features: SamplingFeatures, strict: bool = False) -> Calla
     which tokens may be at each place. P = K + 1. strict: a row at a time.
     """
 
+    run = _row_by_row if strict else sample
+
     @functools.partial(jax.jit, donate_argnames="slots")
     def verify(logits, slots, of, masks):
-        def accept(logits, state, of, masks):
-            drafts = (of[:, 3:], of[:, 2], None)
-            given = {"masks": masks} if features.mask else {}
-            return speculative_accept(*drafts, logits, state, features, **given)[1:]
-
         def rows(logits, slots, of, masks):
             logits = logits.reshape(of.shape[0], -1, logits.shape[-1])
             state = dataclasses.replace(_rows_of(slots, of[:, 0]), step=of[:, 1])
-            args = (logits, state, of, masks)
-            if not strict:
-                return accept(*args)
-            one = lambda x: accept(*jax.tree.map(lambda y: y[None], x))  # noqa: E731
-            return jax.tree.map(lambda x: x[:, 0], jax.lax.map(one, args))
+            given = {"masks": masks if features.mask else None, "choose": run}
+            return speculative_accept(of[:, 3:], of[:, 2], None, logits, state, features, **given)[1:]
 
         sampled, after = jax.vmap(rows)(logits, slots, of, masks)
         kept = jnp.sum(sampled.tokens >= 0, axis=-1, keepdims=True) - 1
@@ -260,6 +271,12 @@ def make_paged_verify(features: SamplingFeatures, strict: bool = False) -> Calla
         return _chosen_bits(sampled.tokens, *(x for x in found if x is not None)), _pinned(slots)
 
     return verify
+
+
+def _row_by_row(logits: jax.Array, state: SamplingState, features: SamplingFeatures):
+    """`sample` of each row of [S, V] on its own, by the same code."""
+    one = lambda x: sample(x[0][None], jax.tree.map(lambda y: y[None], x[1]), features)  # noqa: E731
+    return jax.tree.map(lambda x: x[:, 0], jax.lax.map(one, (logits, state)))
 
 
 def _rows_of(slots: Slots, at: jax.Array) -> SamplingState:

@@ -10,6 +10,7 @@ Letters: B rows, K longest draft, V vocabulary, W words of the mask. P = K + 1 p
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,6 +37,7 @@ def speculative_accept(
     features: SamplingFeatures,
     *,
     masks: jax.Array | None = None,
+    choose: Callable = sample,
 ) -> tuple[jax.Array, Sampled, SamplingState]:
     """The accepted prefix of each row's draft and one token more.
 
@@ -58,6 +60,7 @@ def speculative_accept(
         state: of the B rows, before the first place.
         features: static under jit, as for `sample`.
         masks: [B, P, W], the mask of each place; None: state.mask holds at all of them.
+        choose: what stands for `sample`, of the B P places, where there are no probabilities.
 
     Returns:
         accepted [B], how many drafts stay; Sampled with tokens [B, P], accepted + 1 of them and then
@@ -68,7 +71,7 @@ def speculative_accept(
     unrolled = _unroll(draft_tokens, state, features, masks)
     flat = target_logits.reshape(batch * places, -1)
     if draft_logprobs is None or not features.sampling:
-        chosen, _ = sample(flat, unrolled, features)
+        chosen, _ = choose(flat, unrolled, features)
         matches = chosen.tokens.reshape(batch, places)[:, :-1] == draft_tokens
     else:
         tokens, matches = _reject(draft_tokens, drafted, draft_logprobs, flat, unrolled, features)

@@ -2,7 +2,9 @@
 
 import asyncio
 import dataclasses
+import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from llm_jax import LLM, SamplingParams
 from llm_jax.config import EngineConfig
 from llm_jax.engine.engine import Engine
 from llm_jax.engine.scheduler import QueueFull
+from llm_jax.ops.sampling_params import StructuredSpec
 
 SIZES = {"max_rows": 4, "token_budget": 32, "max_length": 96, "page_size": 16, "compile_ahead": False}
 TEXTS = [
@@ -253,3 +256,61 @@ def test_caches_of_eight_bits(llm, expected, dtype):
         for ours, theirs in zip(outputs, expected["greedy"], strict=True)
     ]
     assert sum(agree) >= 3, "rounded keys change a token only where two are about as likely"
+
+
+def test_texts_have_the_form_that_was_asked_for(llm):
+    schema = '{"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}'
+    forms = [
+        StructuredSpec("choice", '["积极", "消极", "中性"]'),
+        StructuredSpec("regex", "[0-9]{3}-[a-z]{2}"),
+        StructuredSpec("json", schema),
+    ]
+    asked = [
+        SamplingParams(max_new_tokens=24, temperature=1, seed=i, structured=f)
+        for i, f in enumerate(forms)
+    ]
+    plain = SamplingParams(max_new_tokens=24, temperature=0)
+    results = []
+    for changes in ({}, {"speculation": "prompt_lookup"}):
+        serving = engine(llm, **changes)
+        outputs = serving.generate([TEXTS[0]] * 4, [*asked, plain])
+        assert outputs[0].text in ("积极", "消极", "中性")
+        assert re.fullmatch("[0-9]{3}-[a-z]{2}", outputs[1].text)
+        if outputs[2].finish_reason == "stop":
+            assert isinstance(json.loads(outputs[2].text)["x"], int)
+        assert all(output.finish_reason == "stop" for output in outputs[:2])
+        results.append([output.token_ids for output in outputs])
+        assert nothing_left(serving)
+    assert results[0] == results[1], "drafts change nothing"
+    assert results[0][3] == llm.generate([TEXTS[0]], plain)[0].token_ids
+
+
+MIXES = [
+    {},
+    {"max_rows": 1},
+    {"token_budget": 17, "prefix_cache": False},
+    {"speculation": "prompt_lookup", "overlap": False},
+    {"pages": (8,), "page_size": 16, "max_length": 80},
+]
+
+
+@pytest.mark.slow
+def test_strict_numerics_are_the_same_in_every_bit(llm):
+    asked = [
+        dataclasses.replace(GREEDY, logprobs=2),
+        SamplingParams(max_new_tokens=16, temperature=0.9, top_p=0.9, seed=1, logprobs=0),
+        SamplingParams(max_new_tokens=16, temperature=0.7, seed=2, repetition_penalty=1.2, logprobs=1),
+    ]
+    rng, results = random.Random(0), []
+    for changes in MIXES:
+        serving = engine(llm, strict_numerics=True, **changes)
+        order = [(i, j) for i in range(len(TEXTS)) for j in range(len(asked))]
+        rng.shuffle(order)
+        outputs = serving.generate([TEXTS[i] for i, _ in order], [asked[j] for _, j in order])
+        found = {
+            place: (o.token_ids, o.logprobs, o.top_logprobs)
+            for place, o in zip(order, outputs, strict=True)
+        }
+        results.append(dict(sorted(found.items())))
+    for other in results[1:]:
+        assert other == results[0]
