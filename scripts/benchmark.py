@@ -4,65 +4,70 @@
     python scripts/benchmark.py --case=prefill --peer=transformers --shape=llama160m --prompt_tokens=512
     python scripts/benchmark.py --case=bandwidth
     python scripts/benchmark.py --case=train --peer=torch --shape=gpt2          # or torch_compile
+    python scripts/benchmark.py --case=mixed_traffic --requests=64 --max_rows=32
+    python scripts/benchmark.py --case=arrivals --rates=0.2,0.5,1
+    python scripts/benchmark.py --case=overhead --batch=8               # or prefix, or speculation
 
 Greedy, random weights in float32. decode: tokens per second of all rows, prefill left out. prefill:
 prompt tokens per second to the first token. bandwidth: what part of the machine's memory bandwidth a
-decode step of one row reaches. train: tokens per second of optimizer steps. --json prints
-{case, ours, peer, ratio, unit} a line.
+decode step of one row reaches. train: tokens of optimizer steps. The engine's: mixed_traffic beside
+transformers' batches, arrivals, prefix and speculation beside itself without, overhead beside a fixed
+batch. --json prints {case, ours, peer, ratio, unit, ...} a line.
 """
 
-import functools
 import json
+from collections.abc import Iterator
 
-import numpy as np
 from absl import app, flags
 
-from llm_jax import SamplingParams, cli
-from llm_jax.bench.cost import decode_bytes, read_bandwidth
-from llm_jax.bench.peers import SHAPES, generate_seconds, random_model, same_weights
+from llm_jax import cli
+from llm_jax.bench import generation_cases, serving_cases
+from llm_jax.bench.generation_cases import record
+from llm_jax.bench.peers import SHAPES, random_model, same_weights
 from llm_jax.bench.timing import interleaved
 from llm_jax.bench.training import TRAIN_SHAPES, rivals
 
-PEERS = {case: ("transformers",) for case in ("decode", "prefill", "bandwidth")}
+PEERS = {case: ("transformers",) for case in ("decode", "prefill", "bandwidth", "mixed_traffic")}
+PEERS |= {case: ("llm_jax",) for case in serving_cases.CASES if case not in PEERS}
 PEERS["train"] = ("torch", "torch_compile")
+_int = flags.DEFINE_integer
 CASE = flags.DEFINE_enum("case", "decode", PEERS, "What to measure.")
 PEER = flags.DEFINE_string("peer", None, "Whom to compare with; the default is the case's first.")
 SHAPE = flags.DEFINE_enum("shape", "gpt2", sorted({*SHAPES, *TRAIN_SHAPES}), "Size of the model.")
 BATCH = flags.DEFINE_list("batch", ["1"], "Rows; several may be given.")
-PROMPT = flags.DEFINE_integer("prompt_tokens", None, "Prompt length; default 32, prefill 512.")
-NEW = flags.DEFINE_integer("new_tokens", 64, "Tokens to decode.", lower_bound=2)
+PROMPT = _int("prompt_tokens", None, "Prompt length; default 32, prefill 512.", lower_bound=1)
+NEW = _int("new_tokens", 64, "Tokens to decode.", lower_bound=2)
 MESH = flags.DEFINE_string("mesh", "", "Our devices with --case=train, such as data:2; '' = one.")
-STEPS = flags.DEFINE_integer("steps", 5, "Training steps in a round.", lower_bound=1)
-REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds; the medians are reported.", lower_bound=1)
+STEPS = _int("steps", 5, "Training steps in a round.", lower_bound=1)
+REQUESTS = _int("requests", 64, "Of mixed_traffic, arrivals and prefix.", lower_bound=1)
+ROWS = _int("max_rows", 32, "Rows of the engine, and of the peer's batches.", lower_bound=1)
+RATES = flags.DEFINE_list("rates", ["0.25", "0.5", "1"], "Requests a second, of arrivals.")
+REPEATS = _int("repeats", 5, "Rounds; the medians are reported.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "One JSON object a line on stdout, nothing else.")
 
 
-def measure(case, llm, peer_seconds, batch, prompt_tokens, new_tokens):
-    """Medians of both, in tokens per second; peer_seconds(prompts, new tokens) times the peer."""
-    ids = np.random.default_rng(0).integers(5, 30000, (batch, prompt_tokens))
-    new = 1 if case == "prefill" else new_tokens
-    request = SamplingParams(max_new_tokens=new, temperature=0, ignore_eos=True)
-
-    def ours():
-        llm.generate(ids.tolist(), request)
-        speed = batch * prompt_tokens / llm.stats.ttft_s
-        return speed if case == "prefill" else llm.stats.decode_tokens_per_s
-
-    def theirs():
-        first = peer_seconds(ids, 1)
-        if case == "prefill":
-            return batch * prompt_tokens / first
-        return batch * (new - 1) / (peer_seconds(ids, new) - first)
-
-    return interleaved({"ours": ours, "peer": theirs}, REPEATS.value)
-
-
-def report(case, ours, peer, unit):
-    """One line of result."""
-    numbers = {"ours": round(ours, 2), "peer": round(peer, 2), "ratio": round(ours / peer, 3)}
-    record = {"case": case, **numbers, "unit": unit}
-    line = f"{case:44} ours {ours:9.1f}  peer {peer:9.1f}  {unit}  ratio {ours / peer:.2f}"
-    print(json.dumps(record) if JSON.value else line, flush=True)
+def records(case, torch, transformers, peer_name) -> Iterator[dict]:
+    """What the case finds."""
+    name, new, repeats, batches = SHAPE.value, NEW.value, REPEATS.value, list(map(int, BATCH.value))
+    prompt = PROMPT.value or (512 if case == "prefill" else 32)
+    requests, rows = REQUESTS.value, ROWS.value
+    if case == "train":
+        options = {"compiled": peer_name == "torch_compile", "steps": STEPS.value, "mesh": MESH.value}
+        speeds = interleaved(rivals(torch, name, **options), repeats)
+        yield record(f"train/{name}/{peer_name}", speeds["ours"], speeds["peer"])
+        return
+    peer = random_model(transformers, name)
+    llm = same_weights(peer)
+    if case == "bandwidth":
+        yield generation_cases.bandwidth(torch, llm, peer, name, prompt, new, repeats)
+    elif case in serving_cases.CASES:
+        options = {"requests": requests, "rows": rows, "repeats": repeats, "batches": batches}
+        options |= {"rates": list(map(float, RATES.value)), "prompt_tokens": prompt, "new_tokens": new}
+        yield from serving_cases.CASES[case]((torch, transformers), llm, peer, name, **options)
+    else:
+        for batch in batches:
+            found = generation_cases.speeds(torch, llm, peer, case, batch, prompt, new, repeats)
+            yield record(f"{case}/{name}/batch{batch}", found["ours"], found["peer"])
 
 
 def main(argv):
@@ -72,27 +77,17 @@ def main(argv):
     if name not in (known := PEERS[CASE.value]):
         raise ValueError(f"--peer={name}: expected one of {known} with --case={CASE.value}")
     if MESH.value and CASE.value != "train":
-        raise ValueError(f"--mesh={MESH.value}: --case={CASE.value} runs on one device; leave it out")
+        raise ValueError(
+            f"--mesh={MESH.value}: only --case=train has more than one device; leave it out"
+        )
     try:  # here, so that --help needs neither
         import torch
         import transformers
     except ImportError as error:
         raise ValueError(f'{error}; pip install "llm_jax[test]" (torch, transformers)') from error
-    if CASE.value == "train":
-        options = {"compiled": name == "torch_compile", "steps": STEPS.value, "mesh": MESH.value}
-        speeds = interleaved(rivals(torch, SHAPE.value, **options), REPEATS.value)
-        return report(f"train/{SHAPE.value}/{name}", speeds["ours"], speeds["peer"], "tokens/s")
-    peer = random_model(transformers, SHAPE.value)
-    llm, peer_seconds = same_weights(peer), functools.partial(generate_seconds, torch, peer)
-    prompt_tokens = PROMPT.value or (512 if CASE.value == "prefill" else 32)
-    if CASE.value == "bandwidth":
-        speeds = measure("decode", llm, peer_seconds, 1, prompt_tokens, NEW.value)
-        needed = decode_bytes(llm.model, 1, prompt_tokens + NEW.value // 2)
-        machine = read_bandwidth() / 1e9
-        return report(f"bandwidth/{SHAPE.value}/batch1", needed * speeds["ours"] / 1e9, machine, "GB/s")
-    for batch in map(int, BATCH.value):
-        speeds = measure(CASE.value, llm, peer_seconds, batch, prompt_tokens, NEW.value)
-        report(f"{CASE.value}/{SHAPE.value}/batch{batch}", speeds["ours"], speeds["peer"], "tokens/s")
+    for found in records(CASE.value, torch, transformers, name):
+        line = "  ".join(f"{key} {value}" for key, value in found.items())
+        print(json.dumps(found) if JSON.value else line, flush=True)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ class EngineConfig:
         prompt_logprobs: requests may ask for them; twice as many programs are compiled.
         strict_numerics: a token at a time, by the same code: what a request gets depends in no bit on
             the other requests, on how its prompt was cut, on the prefix cache or on speculation. Slow.
+        adapters: LoRA adapters that run at once; 0 = none. More may be loaded: they take turns.
+        adapter_rank: of each at most.
+        adapter_targets: patterns of the weights that adapters may change; () = all of the layers.
         compile_ahead: compile all programs when the engine begins; else each where it is first needed.
         seed: for requests that name none.
     """
@@ -51,16 +54,20 @@ class EngineConfig:
     aging_s: float = 10.0
     overlap: bool = True
     speculation: str = "off"
-    draft_tokens: int = 4
+    draft_tokens: int = 8
     prompt_logprobs: bool = False
     strict_numerics: bool = False
+    adapters: int = 0
+    adapter_rank: int = 16
+    adapter_targets: tuple[str, ...] = ()
     compile_ahead: bool = True
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("max_rows", "token_budget", "page_size", "max_queue", "draft_tokens"):
+        sizes = ("max_rows", "token_budget", "page_size", "max_queue", "draft_tokens", "adapter_rank")
+        for name in sizes:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("max_length", "host_pages", "seed"):
+        for name in ("max_length", "host_pages", "seed", "adapters"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(all(n >= 2 for n in self.pages), "pages", self.pages, "at least 2 of each pool")
         require(

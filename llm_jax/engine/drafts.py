@@ -33,7 +33,8 @@ class PromptLookup:
         for size in range(LONGEST, 0, -1):
             place = self._seen[size - 1].get(tuple(tokens[-size:]))
             if place is not None and len(tokens) >= size and count > 0:
-                return list(tokens[place : place + count])
+                period = len(tokens) - place  # past the text's end it goes on with what it proposes
+                return [tokens[place + i % period] for i in range(count)]
         return []
 
     def learn(self, drafted: int, accepted: int) -> None:

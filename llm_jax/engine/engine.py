@@ -7,7 +7,7 @@ A step, in order: the scheduler plans rows of tokens and says which pages are th
 (engine/scheduler.py); the plan is packed into one array and sent with one call to the forward of the
 model, and another chooses a token for each row, on the device (infer/paged_steps.py); while these run
 the next step is planned, whose rows take their newest token from the device; then the chosen tokens are
-fetched, become text (engine/replies.py), and are committed. Nothing is compiled after the beginning
+fetched, become text (infer/replies.py), and are committed. Nothing is compiled after the beginning
 (engine/programs.py).
 """
 
@@ -18,7 +18,8 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,18 +27,20 @@ import numpy as np
 
 from llm_jax.cache.paged import free_bytes, init_paged, page_bytes, pool_windows
 from llm_jax.config import EngineConfig
+from llm_jax.engine.adapters import Adapters
 from llm_jax.engine.drafts import PromptLookup
 from llm_jax.engine.pages import SCRATCH, PoolSpec
 from llm_jax.engine.programs import ALIGNMENT, WRITTEN, Buckets, Programs
-from llm_jax.engine.replies import Delta, Reply
 from llm_jax.engine.request import Reason, Request
 from llm_jax.engine.request import Sequence as Running
 from llm_jax.engine.scheduler import Event, QueueFull, Row, Scheduler, SchedulerConfig, StepPlan
 from llm_jax.engine.structured import Grammar, GrammarState
 from llm_jax.infer.generate import check_lengths
-from llm_jax.infer.llm import LLM, Output
+from llm_jax.infer.llm import LLM
 from llm_jax.infer.paged_steps import init_slots, read_chosen
+from llm_jax.infer.replies import Output, Reply, best_of
 from llm_jax.kernels.choice import kernel_refusal
+from llm_jax.ops.linear import LowRank
 from llm_jax.ops.sampling import (
     EVERYTHING,
     TIERS,
@@ -51,6 +54,18 @@ from llm_jax.ops.sampling_params import SamplingParams
 from llm_jax.sharding import data_shards
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """What a step added to one continuation of a request."""
+
+    id: str  # of the request
+    sample: int
+    text: str  # may be empty: half a character, or what may become a stop string
+    token_ids: tuple[int, ...]
+    finish_reason: str | None  # set where it is the continuation's last
+    output: Output  # the continuation, which grows
 
 
 @dataclasses.dataclass
@@ -102,6 +117,7 @@ class Engine:
         kernel = by != "xla" and not kernel_refusal(kind, model.config.head_dim)
         self._alignment = ALIGNMENT if kernel else 1
         windows = pool_windows(model.config)
+        self.adapters = Adapters(llm, self.config)  # before pages take the rest of the memory
         pages = self.config.pages or self._pages_that_fit(windows)
         if len(pages) != len(windows):
             raise ValueError(f"pages={pages}: expected one number for each pool of windows {windows}")
@@ -118,22 +134,24 @@ class Engine:
             host_pages=self.config.host_pages,
             aging_s=self.config.aging_s,
         )
-        self.schedulers = [Scheduler(settings, clock) for _ in range(self._shards)]
+        may_begin = self.adapters.places.may_begin if self.config.adapters else None
+        self.schedulers = [Scheduler(settings, clock, may_begin) for _ in range(self._shards)]
         with jax.set_mesh(mesh):
             dtype = self.config.cache_dtype or None
             self._cache = init_paged(model.config, pages, self.config.page_size, mesh, dtype)
             self._slots = init_slots(self.config.max_rows, model.config.vocab_size, mesh)
         per_row = -(-self.max_length // self.config.page_size)
         self._drafts = self.config.draft_tokens if self.config.speculation != "off" else 0
-        sizes = (self.config.max_rows, self.config.token_budget, per_row, len(windows))
-        buckets = Buckets.of(*sizes, self._alignment, self._drafts)
-        self.programs = Programs(llm, self.config, buckets, self._cache, self._slots)
+        buckets = Buckets.of(self.config, per_row, len(windows), self._alignment, self._drafts)
+        states = (self._cache, self._slots, self.adapters.params)
+        self.programs = Programs(llm, self.config, buckets, *states)
         self._host: dict[tuple[int, int, int], list[np.ndarray]] = {}  # by shard, pool, host page
         if self.config.compile_ahead:
             self.programs.compile_all()
         self._live: dict[str, _Live] = {}
         self._flights: collections.deque[_Flight] = collections.deque()
         self._numbers, self._lock = itertools.count(), threading.RLock()
+        self.busy_s = self.scheduling_s = 0.0  # seconds in steps, and of these in the schedulers
 
     # Requests.
 
@@ -145,11 +163,13 @@ class Engine:
         id: str | None = None,
         priority: int = 0,
         deadline_s: float | None = None,
+        adapter: str | None = None,
         on_text: Callable[[Delta], None] | None = None,
     ) -> str:
         """Queue a request; returns its id.
 
         prompt: as `LLM.generate` takes them. priority: higher is sooner. deadline_s: seconds from now.
+        adapter: the name of one that `load_adapter` was given; None is the model as it is.
         on_text: called with every `Delta`; if it raises, the request ends with the reason "error".
         Raises ValueError for what can never be served, naming the field, and QueueFull.
         """
@@ -165,6 +185,7 @@ class Engine:
                 raise ValueError("SamplingParams.structured needs a tokenizer, and this LLM has none")
             grammar = Grammar.compile(params.structured, self.llm.tokenizer, stop_ids or None)
         with self._lock:
+            self.adapters.check(adapter)
             number = next(self._numbers)
             name = str(number) if id is None else id
             scheduler = min(self.schedulers, key=lambda s: (s.load().waiting_tokens, s.load().running))
@@ -176,6 +197,7 @@ class Engine:
                 wanted.n,
                 priority,
                 None if deadline_s is None else now + deadline_s,
+                adapter,
                 params=params,
                 reuse_prefix=params.prompt_logprobs is None,
             )
@@ -208,6 +230,28 @@ class Engine:
             live = self._live.get(id)
             return live is not None and self.schedulers[live.shard].cancel(id)
 
+    def load_adapter(self, name: str, source: str | Path | Mapping[str, LowRank]) -> None:
+        """Let requests name an adapter: a directory that PEFT saved, or what `LoraModel.change` gives.
+
+        Nothing is compiled, and requests go on. ValueError naming it where it cannot be served.
+        """
+        change = self.adapters.pack(name, source)
+        with self._lock:
+            self.adapters.load(name, change)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. ValueError where there is none of that name, or requests of it are left."""
+        with self._lock:
+            self.adapters.check(name)
+            known = [x for s in self.schedulers for x in (*s.running, *s.waiting)]
+            if left := {x.request.id for x in known if x.request.adapter == name}:
+                raise ValueError(
+                    f"adapter {name!r} is used by requests {sorted(left)}: cancel them or wait for them"
+                )
+            self.adapters.unload(name)
+            for scheduler in self.schedulers:
+                scheduler.prefix.forget(name)
+
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
@@ -222,11 +266,13 @@ class Engine:
         the step before.
         """
         with self._lock, jax.set_mesh(self.llm.mesh):
+            start = time.perf_counter()
             began = self._dispatch()
             ahead = 1 if began and self._may_run_ahead else 0
             deltas = self._reported(event for s in self.schedulers for event in s.poll())
             while len(self._flights) > ahead:
                 deltas += self._land(self._flights.popleft())
+            self.busy_s += time.perf_counter() - start
             return deltas
 
     def generate(
@@ -234,21 +280,29 @@ class Engine:
         prompts: Sequence[Any],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        adapter: str | Sequence[str | None] | None = None,
         on_text: Callable[[Delta], None] | None = None,
     ) -> list[Output]:
-        """Continuations of all prompts, in order; n for each. See `LLM.generate`."""
+        """Continuations of all prompts, in order; n for each. See `LLM.generate`.
+
+        adapter: of all of them, or of each; see `add`.
+        """
         if isinstance(prompts, str):
             raise ValueError("prompts is a single string: expected a list of prompts")
         each = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"sampling has {len(each)} entries for {len(prompts)} prompts")
+        adapters = [adapter] * len(prompts) if isinstance(adapter, str | None) else list(adapter)
+        if len(adapters) != len(prompts):
+            raise ValueError(f"adapter has {len(adapters)} entries for {len(prompts)} prompts")
         outputs: dict[str, list[Output]] = {}
-        work = collections.deque(zip(prompts, each, strict=True))
+        work = collections.deque(zip(prompts, each, adapters, strict=True))
         try:
             while work or any(name in self._live for name in outputs):
                 try:
                     while work:
-                        name = self.add(*work[0], on_text=on_text)
+                        prompt, params, its = work[0]
+                        name = self.add(prompt, params, adapter=its, on_text=on_text)
                         outputs[name] = [reply.output for reply in self._live[name].replies]
                         work.popleft()
                 except QueueFull:
@@ -298,10 +352,14 @@ class Engine:
     def _dispatch(self) -> bool:
         """Plan a step and start it; False where there is nothing to do before one lands."""
         self._propose()
+        self.adapters.places.begin(x for scheduler in self.schedulers for x in scheduler.running)
+        start = time.perf_counter()
         plans = [scheduler.plan() for scheduler in self.schedulers]
+        self.scheduling_s += time.perf_counter() - start
         if not any(plans):
             return False
         self._move_pages(plans)
+        self.adapters.write()
         rows = [plan.rows if plan else [] for plan in plans]
         self._upload([(d, row) for d, of_shard in enumerate(rows) for row in of_shard if row.first])
         costs = [sum(self._up(row.count) for row in plan.chunks) if plan else 0 for plan in plans]
@@ -318,7 +376,7 @@ class Engine:
                 tiers = self._pack(plan, d, parts, of)
                 tier = max([tier, *tiers], key=TIERS.index)
         forward = self.programs.forward(shape)
-        results = forward(self.llm.params, self._cache, self._slots.last, packed)
+        results = forward(self.adapters.params, self._cache, self._slots.last, packed)
         logits, self._cache, *scores = results
         chosen = self._choose(rows, tier, logits, of)
         for array in (chosen, *scores):
@@ -409,6 +467,8 @@ class Engine:
             parts["at"][d, i * places : (i + 1) * places] = place
             for pool, pages in enumerate(sequence.pages):
                 parts[f"table{pool}"][d, i, : len(pages)] = pages
+            if "adapters" in parts:
+                parts["adapters"][d, i] = self.adapters.place(sequence.request.adapter)
             if "targets" in parts:
                 after = prompt[row.start + 1 : row.start + row.count + 1]
                 parts["targets"][d, at : at + len(after)] = after
@@ -509,7 +569,9 @@ class Engine:
                         )
                         stopped |= {i} if ended else set()
                 at += row.count
+            start = time.perf_counter()
             events = self.schedulers[d].commit(plan, tokens, stopped)
+            self.scheduling_s += time.perf_counter() - start
             deltas += self._reported(events, texts)
         return deltas
 
@@ -517,16 +579,12 @@ class Engine:
         """(new tokens, their text, whether it ends there) of a row's [P, ...] choices."""
         sequence, sample = row.sequence, row.sequence.sample
         live = self._live[sequence.request.id]
-        reply, k, text, tokens = live.replies[sample], live.params.logprobs, "", []
+        reply, text, tokens = live.replies[sample], "", []
         for place, token in enumerate(found[0].tolist()):
             if token < 0 or reply.stopped:
                 break
-            more = ()
-            if k is not None:
-                top = zip(found[2][place, :k].tolist(), found[3][place, :k].tolist(), strict=True)
-                more = (float(found[1][place]), dict(top))
             tokens.append(token)
-            text += reply.take(token, *more)
+            text += reply.take(token, [x[place] for x in found[1:]] or None)
             if live.grammars:
                 live.grammars[sample].accept(token)
         if row.drafted:
@@ -536,15 +594,9 @@ class Engine:
     def _score(self, row: Row, scores: list[np.ndarray]) -> None:
         """Note the log probabilities of the prompt's tokens after each of a row's."""
         live, prompt = self._live[row.sequence.request.id], row.sequence.request.prompt
-        k = live.params.prompt_logprobs
         count = min(row.count, len(prompt) - 1 - row.start)
         for reply in live.replies:
-            output = reply.output
-            assert output.prompt_logprobs is not None
-            output.prompt_logprobs += scores[1][:count].tolist()
-            if k and output.prompt_top_logprobs is not None:
-                pairs = zip(scores[2][:count, :k].tolist(), scores[3][:count, :k].tolist(), strict=True)
-                output.prompt_top_logprobs += [dict(zip(*pair, strict=True)) for pair in pairs]
+            reply.take_prompt(*(x[:count] for x in scores[1:]))
 
     def _reported(self, events, texts: dict[Running, str] | None = None) -> list[Delta]:
         """The events as callers see them; requests that have ended are forgotten."""
@@ -562,7 +614,7 @@ class Engine:
             text += "" if event.reason in (Reason.STOP, Reason.LENGTH) else reply.end()
             reply.output.finish_reason = str(event.reason)
             live.left -= 1
-        reason = reply.output.finish_reason
+        reason = None if event.reason is None else str(event.reason)
         delta = Delta(name, sample, text, tuple(event.tokens), reason, reply.output)
         if not live.left:
             del self._live[name]
@@ -585,8 +637,6 @@ class Engine:
                 f"SamplingParams.prompt_logprobs is {params.prompt_logprobs}: this engine was not made "
                 "for it; set EngineConfig.prompt_logprobs"
             )
-        if params.stop and self.llm.tokenizer is None:
-            raise ValueError(f"stop={params.stop}: stop strings need a tokenizer; use stop_ids")
         tier_of([params])
         table = new_rows(1, vocab, EVERYTHING, history=False)
         pack_row(
@@ -633,18 +683,6 @@ class Engine:
                 "cache_dtype"
             )
         return pages
-
-
-def best_of(outputs: list[Output], params: SamplingParams) -> list[Output]:
-    """The n continuations that a caller asked for, of the `best_of` that were made."""
-    if params.best_of is None:
-        return outputs
-    ranked = sorted(outputs, key=lambda output: -sum(output.logprobs or ()))[: params.n]
-    for sample, output in enumerate(ranked):
-        output.sample = sample
-        if params.logprobs is None:
-            output.logprobs = output.top_logprobs = None
-    return ranked
 
 
 def _batches(pairs: list[list], fill: int = -1) -> Iterator[np.ndarray]:

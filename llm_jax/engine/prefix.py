@@ -111,6 +111,11 @@ class PrefixCache:
                     self._keep(node, index, held[depth])
         return node
 
+    def forget(self, adapter: str) -> None:
+        """Let go of all pages of an adapter that no sequence uses any more."""
+        if root := self._roots.pop(adapter, None):
+            self._fell(root)
+
     def _grow(self, parent: Node, key: tuple[int, ...]) -> Node:
         node = parent.children[key] = Node(key, parent, len(self._pools))
         return node
@@ -145,6 +150,10 @@ class PrefixCache:
             return
         assert node.parent is not None, "a root holds no page"
         del node.parent.children[node.key]
+        self._fell(node)
+
+    def _fell(self, node: Node) -> None:
+        """Let go of all pages of a node and of those below it, which leave the tree."""
         gone = [node]
         while gone:
             node = gone.pop()

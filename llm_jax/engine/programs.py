@@ -50,20 +50,23 @@ class Buckets:
     pools: int
     alignment: int  # of rows with several tokens
     drafts: int = 0  # K, tokens that a row may have drafted
+    adapters: bool = False  # whether each row may have one
 
     @classmethod
-    def of(
-        cls, max_rows: int, token_budget: int, pages: int, pools: int, alignment: int, drafts: int
-    ) -> "Buckets":
+    def of(cls, config: EngineConfig, pages: int, pools: int, alignment: int, drafts: int) -> "Buckets":
         """Powers of two for rows, of four for what chunks bring: at most so much is padding."""
+        # XLA takes loops of one turn apart, and what it then fuses rounds otherwise.
+        max_rows = max(config.max_rows, 2 if config.strict_numerics else 1)
         rows = tuple(1 << i for i in range((max_rows - 1).bit_length())) + (max_rows,)
-        most = _up(token_budget, ALIGNMENT)
+        rows = tuple(n for n in rows if n > 1 or not config.strict_numerics)
+        most = _up(config.token_budget, ALIGNMENT)
         chunks = {most}
         while min(chunks) > 2 * ALIGNMENT:
             chunks.add(_up(min(chunks) // 4, ALIGNMENT))
         mixed = {max_rows} | {n for n in (4, 16, 64) if n < max_rows}
         mixed = rows if drafts else tuple(sorted(mixed))
-        return cls(rows, mixed, tuple(sorted(chunks)), pages, pools, alignment, drafts)
+        sizes = (rows, mixed, tuple(sorted(chunks)), pages, pools, alignment, drafts)
+        return cls(*sizes, config.adapters > 0)
 
     def room(self, rows: int) -> tuple[int, ...]:
         """Tokens of chunks for which there are programs of so many rows."""
@@ -74,12 +77,12 @@ class Buckets:
         """The least that has room for so many rows, and so many tokens of chunks, each rounded up."""
         if not chunk_tokens:
             count = next(n for n in self.rows if n >= rows)
-            return StepShape(count, count, count, self.pages, self.pools)
+            return StepShape(count, count, count, self.pages, self.pools, False, self.adapters)
         count = next(n for n in self.mixed if n >= rows)
         room = next(n for n in self.room(count) if n >= chunk_tokens)
         tokens = _up(count, self.alignment) + room
-        samples = count * (self.drafts + 1)
-        return StepShape(_up(tokens, ALIGNMENT), count, samples, self.pages, self.pools, scored)
+        samples, kind = count * (self.drafts + 1), (scored, self.adapters)
+        return StepShape(_up(tokens, ALIGNMENT), count, samples, self.pages, self.pools, *kind)
 
     def shapes(self, scored: bool) -> Iterator[StepShape]:
         """All of them."""
@@ -106,10 +109,11 @@ class Programs:
         buckets: Buckets,
         cache: Any,
         slots: Any,
+        params: Any = None,  # where they are not the LLM's: with an `AdapterBank` in them
     ):
         self.buckets, self.mesh, self.misses, self.compile_s = buckets, llm.mesh, 0, 0.0
         self._model, self._config = llm.model, config
-        self._like = jax.tree.map(_abstract, (llm.params, cache, slots))
+        self._like = jax.tree.map(_abstract, (params or llm.params, cache, slots))
         self._programs = llm.compiled  # so that another engine of this LLM finds them
         self._compiled: dict[Any, Callable] = {}
         self._ahead = False
@@ -191,10 +195,8 @@ class Programs:
             match key:
                 case ("forward", shape):
                     packed = self._packed(shape)
-                    fn, args = (
-                        make_paged_forward(self._model, shape),
-                        (params, cache, slots.last, packed),
-                    )
+                    fn = make_paged_forward(self._model, shape, self._config.strict_numerics)
+                    args = (params, cache, slots.last, packed)
                 case ("choose", samples, features):
                     shards = data_shards(self.mesh)
                     logits = self._array((shards, samples, self._vocab), np.float32)

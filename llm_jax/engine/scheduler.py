@@ -179,8 +179,14 @@ class Scheduler:
     A method reads the clock once at most. What ends comes as an Event of the next `commit` or `poll`.
     """
 
-    def __init__(self, config: SchedulerConfig, clock: Callable[[], float]):
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        clock: Callable[[], float],
+        may_begin: Callable[[Sequence], bool] | None = None,
+    ):
         self.config = config
+        self._may_begin = may_begin  # asked by rank of what else could run now; False: others pass by it
         self.pools = [PagePool(spec.pages) for spec in config.pools]
         self.prefix = PrefixCache(config.page_size, config.pools, self.pools)
         self.statistics = Statistics()
@@ -431,12 +437,15 @@ class Scheduler:
     def _admit(self, plan: StepPlan) -> None:
         """Rows for waiting sequences by rank. None goes before one that waits for pages."""
         free = len(self._slots)
-        for sequence in self._waiting[:free]:
+        for sequence in self._waiting[:free] if self._may_begin is None else list(self._waiting):
             free -= 1 + len(sequence.siblings)
             if free < 0 or plan.cost + self.config.alignment > self.config.token_budget:
                 return
             if sequence.pending:
                 continue  # until its commit
+            if self._may_begin is not None and not self._may_begin(sequence):
+                free += 1 + len(sequence.siblings)
+                continue
             if self._still_short(sequence):
                 return
             start, held = sequence.computed, sequence.host

@@ -25,6 +25,7 @@ from llm_jax.data.tokenizer import load_tokenizer
 from llm_jax.data.tokenizer_base import Tokenizer
 from llm_jax.infer.beam import BeamOptions, Hypotheses, beam_search, check_searchable
 from llm_jax.infer.generate import Chunk, Compiled, Timing, check_lengths, generate
+from llm_jax.infer.replies import Output, Reply, best_of
 from llm_jax.infer.timeline import Timeline
 from llm_jax.models import Model, Params, describe
 from llm_jax.ops.sampling import SamplingParams
@@ -40,28 +41,6 @@ _SAMPLED = {n: n for n in ("temperature", "top_k", "top_p", "min_p", "typical_p"
 _SAMPLED |= {"n": "num_return_sequences"}
 _SEARCH = {n: n for n in ("num_beams", "length_penalty", "early_stopping")}
 _SEARCH |= {"num_return": "num_return_sequences"}
-
-
-@dataclasses.dataclass
-class Output:
-    """One generated continuation.
-
-    token_ids include the id that ended it; text does not. logprobs are of the model's own distribution
-    (natural log), one per token; top_logprobs holds {id: logprob} per token when asked for. Likewise of
-    the prompt, where the first token, which nothing comes before, has None.
-    """
-
-    prompt: str | None
-    prompt_ids: list[int]
-    sample: int
-    text: str = ""
-    token_ids: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] | None = None
-    top_logprobs: list[dict[int, float]] | None = None
-    prompt_logprobs: list[float | None] | None = None
-    prompt_top_logprobs: list[dict[int, float] | None] | None = None
-    finish_reason: str | None = None  # "stop" (an end or stop id, a stop string) | "length"
-    score: float | None = None  # of beam search: sum of log-probabilities / length ** length_penalty
 
 
 @dataclasses.dataclass
@@ -233,7 +212,7 @@ class LLM:
         return [
             output
             for request in requests
-            for output in _best(list(itertools.islice(drawn, request.candidates().n)), request)
+            for output in best_of(list(itertools.islice(drawn, request.candidates().n)), request)
         ]
 
     def stream(self, prompt: Any, sampling: SamplingParams | None = None) -> Iterator[str]:
@@ -331,7 +310,7 @@ class LLM:
             ]
             yield outputs, None, ""
             rows = [
-                _Row(output, requests[i], self._stops(requests[i]), self._decoder(ids[i]))
+                Reply(output, requests[i], self._stops(requests[i]), self._decoder(ids[i]))
                 for i, output in zip(
                     [i for i in batch for _ in range(requests[i].n)], outputs, strict=True
                 )
@@ -355,9 +334,11 @@ class LLM:
                     self.stats.ttft_s = time.perf_counter() - began - timing.compile_s
                 if chunk.prompt is not None:
                     for r, row in enumerate(rows):
-                        row.take_prompt(chunk.prompt, r // requests[batch[0]].n)
+                        places = len(row.output.prompt_ids) - 1
+                        p = r // requests[batch[0]].n
+                        row.take_prompt(*(x[p, :places] for x in chunk.prompt))
                 with timeline.phase("detokenize", tick):
-                    texts = [row.take(chunk, r) for r, row in enumerate(rows)]
+                    texts = [_read(row, chunk, r) for r, row in enumerate(rows)]
                 timeline.label(tick, "|".join(texts))
                 for row, text in zip(rows, texts, strict=True):
                     yield None, row.output, text
@@ -409,70 +390,19 @@ class LLM:
         return decoder
 
 
-class _Row:
-    """Turns the tokens of one row into its output: text, stop strings, log probabilities."""
-
-    def __init__(self, output, request, stop_ids, decoder):
-        self.output, self.request, self.decoder = output, request, decoder
-        self.stop_ids, self.held, self.done = frozenset(stop_ids), "", False
-        if request.stop and decoder is None:
-            raise ValueError(f"stop={request.stop}: stop strings need a tokenizer; use stop_ids")
-        if request.logprobs is not None:
-            output.logprobs = []
-            output.top_logprobs = [] if request.logprobs else None
-
-    def take_prompt(self, scores, p: int) -> None:
-        """Add what `Chunk.prompt` says of prompt p, if asked for."""
-        if (k := self.request.prompt_logprobs) is not None:
-            places = len(self.output.prompt_ids) - 1
-            chosen, top_ids, top_logprobs = (x[p, :places].tolist() for x in scores)
-            self.output.prompt_logprobs = [None, *chosen]
-            if k:
-                pairs = zip(top_ids, top_logprobs, strict=True)
-                tops = [dict(zip(ids[:k], values[:k], strict=True)) for ids, values in pairs]
-                self.output.prompt_top_logprobs = [None, *tops]
-
-    def take(self, chunk: Chunk, r: int) -> str:
-        """Add this row's tokens of a chunk; returns the text that may be shown now."""
-        shown = ""
-        for m, token in enumerate(chunk.tokens[:, r].tolist()):
-            if self.done or token < 0:
-                break
-            self._record(chunk, m, r, token)
-            ended = token in self.stop_ids
-            full = len(self.output.token_ids) >= self.request.max_new_tokens
-            if not ended and self.decoder is not None:
-                self.held += self.decoder.push(token)
-            if (ended or full) and self.decoder is not None:
-                self.held += self.decoder.flush()
-            shown += self._release(chunk, r, last=ended or full)
-            if (ended or full) and not self.done:
-                self.done, self.output.finish_reason = True, "stop" if ended else "length"
-        return shown
-
-    def _record(self, chunk, m, r, token):
-        self.output.token_ids.append(token)
-        if self.output.logprobs is not None:
-            self.output.logprobs.append(float(chunk.logprobs[m, r]))
-        if self.output.top_logprobs is not None:
-            k = self.request.logprobs
-            pairs = zip(
-                chunk.top_ids[m, r, :k].tolist(), chunk.top_logprobs[m, r, :k].tolist(), strict=True
-            )
-            self.output.top_logprobs.append(dict(pairs))
-
-    def _release(self, chunk, r, last: bool) -> str:
-        """Text that can no longer become part of a stop string."""
-        hits = [self.held.find(s) for s in self.request.stop if s in self.held]
-        if hits:
-            text, self.held, self.done = self.held[: min(hits)], "", True
-            self.output.finish_reason = "stop"
-            chunk.finish(r)
-        else:
-            keep = 0 if last else _overlap(self.held, self.request.stop)
-            text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        self.output.text += text
-        return text
+def _read(reply: Reply, chunk: Chunk, r: int) -> str:
+    """Add a row's tokens of a chunk to its reply; returns the text that may be shown now."""
+    text = ""
+    for m, token in enumerate(chunk.tokens[:, r].tolist()):
+        if reply.stopped or token < 0:
+            break
+        found = None
+        if chunk.logprobs is not None and chunk.top_ids is not None and chunk.top_logprobs is not None:
+            found = (chunk.logprobs[m, r], chunk.top_ids[m, r], chunk.top_logprobs[m, r])
+        text += reply.take(token, found)
+    if reply.stopped:
+        chunk.finish(r)
+    return text
 
 
 def _check_streams(requests: Sequence[SamplingParams]) -> None:
@@ -484,30 +414,11 @@ def _check_streams(requests: Sequence[SamplingParams]) -> None:
             )
 
 
-def _best(drawn: list[Output], request: SamplingParams) -> list[Output]:
-    """The request's n of the outputs that were drawn for it, see `SamplingParams.best_of`."""
-    if request.best_of is None:
-        return drawn
-    best = sorted(drawn, key=lambda output: -sum(output.logprobs or ()))[: request.n]
-    for sample, output in enumerate(best):
-        output.sample = sample
-        if request.logprobs is None:
-            output.logprobs = None
-    return best
-
-
 def _text_of(prompt: Any) -> str | None:
     """A prompt as people gave it: the text, or the last message of a chat; None for ids."""
     if isinstance(prompt, str):
         return prompt
     return prompt[-1]["content"] if len(prompt) and isinstance(prompt[-1], dict) else None
-
-
-def _overlap(text: str, stops: tuple[str, ...]) -> int:
-    """Length of the longest end of `text` that begins a stop string."""
-    longest = max(map(len, stops), default=1) - 1
-    sizes = range(min(longest, len(text)), 0, -1)
-    return next((n for n in sizes if any(s.startswith(text[-n:]) for s in stops)), 0)
 
 
 def demo_model() -> Path:

@@ -4,6 +4,7 @@
     adapters = lora.init(params, mesh, key)    what trains, a nested dict beside the frozen params
     net = lora.bind(adapters, params)          inside a jit; the products never form W + scale b a
     params = lora.merge(adapters, params)      ordinary parameters again
+    change = lora.change(adapters)             the adapters alone: {path: LowRank without its base}
 
 A weight W [O, C] becomes W + (alpha / rank) b a, with a [R, C] drawn and b [O, R] zero, so that training
 starts from the model as it was. Stacked weights have one a and one b for each layer. Parameters named
@@ -13,7 +14,7 @@ by `whole` (a new head) are trained as they are.
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +39,9 @@ class LoraModel:
     def __init__(self, model: Model, lora: LoraConfig):
         self.model, self.rank, self.alpha = model, lora.rank, lora.alpha
         shapes, axes, contract = flatten(model.shapes), _flat(model.axes), _flat(model.contract)
-        self.whole = _matching(lora.whole, shapes, "lora.whole")
+        self.whole = matching(lora.whole, shapes, "lora.whole")
         weights = {path: names for path, names in contract.items() if names}
-        self.targets = _matching(lora.targets, weights, "lora.targets")
+        self.targets = matching(lora.targets, weights, "lora.targets")
         if both := set(self.whole) & set(self.targets):
             raise ValueError(
                 f"lora.targets and lora.whole both name {sorted(both)}; expected one of them"
@@ -97,6 +98,16 @@ class LoraModel:
             attached[path] = LowRank(flat[path], small[f"{path}/a"], small[f"{path}/b"], scale)
         return unflatten(flat | attached)
 
+    def change(self, adapters: Params) -> dict[str, LowRank]:
+        """{path: LowRank without its base} of every target. ValueError where parameters train whole."""
+        if self.whole:
+            raise ValueError(
+                f"lora.whole has {list(self.whole)}: they are no low-rank change; merge the adapter"
+            )
+        small = flatten(adapters, is_leaf=is_per_layer)
+        parts = ((path, small[f"{path}/a"], small[f"{path}/b"]) for path in self.targets)
+        return {path: LowRank(None, a, b, self.alpha / self.rank) for path, a, b in parts}
+
     def bind(self, adapters: Params, params: Params) -> Transformer:
         """The modules with these parameters and adapters in them; call it inside a jit."""
         return self.model.bind(self.attach(adapters, params))
@@ -126,7 +137,7 @@ def _flat(axes: Params) -> dict[str, tuple[str, ...]]:
     return flatten(axes, is_leaf=is_axes)
 
 
-def _matching(patterns: tuple[str, ...], paths: Mapping, field: str) -> tuple[str, ...]:
+def matching(patterns: Iterable[str], paths: Collection[str], field: str) -> tuple[str, ...]:
     """The paths in which one of the regular expressions is found; every pattern must find some."""
     for pattern in patterns:
         if not any(re.search(pattern, path) for path in paths):

@@ -36,13 +36,60 @@ def is_low_rank(leaf: Any) -> bool:
     return isinstance(leaf, LowRank)
 
 
-def linear(x: jax.Array, w: nnx.Param | jax.Array | LowRank) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRankBank:
+    """Stands where a weight [O, C] stood: that weight and P low-rank changes, of which a token has one.
+
+    base [O, C], a [P rank, C], b [O, P rank] with its scale in it; place p has rows p rank to
+    (p + 1) rank - 1 of a and those columns of b. places: of each token [...], as x [..., C] has them; -1
+    is none, as is None for all of them. O may be several axes, and all four may lead with layers.
+
+    A product is three ordinary ones: all changes of all tokens are begun, a token's own is kept. alone:
+    each token's is computed by itself, so that its place changes no bit; slow.
+    """
+
+    base: Any
+    a: Any
+    b: Any
+    places: Any
+    rank: int = dataclasses.field(metadata={"static": True})
+    alone: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+def is_bank(leaf: Any) -> bool:
+    """Whether `leaf` is a `LowRankBank`, for `is_leaf=`."""
+    return isinstance(leaf, LowRankBank)
+
+
+def linear(x: jax.Array, w: nnx.Param | jax.Array | LowRank | LowRankBank) -> jax.Array:
     """x [..., C], w [O, C] -> [..., O] in the dtype of x; O may be several axes."""
     w = w.get_value() if isinstance(w, nnx.Variable) else w
     if isinstance(w, LowRank):
         return linear(x, w.base) + jnp.asarray(w.scale, x.dtype) * linear(linear(x, w.a), w.b)
+    if isinstance(w, LowRankBank):
+        return linear(x, w.base) if w.places is None else linear(x, w.base) + _own_change(x, w)
     rows, inner, out = x.shape[:-1], x.shape[-1], w.shape[:-1]
     assert w.shape[-1] == inner, f"weight {w.shape} does not fit activation {x.shape}"
     flat_w = w.astype(x.dtype).reshape(math.prod(out), inner)
     product = jax.lax.dot_general(x.reshape(-1, inner), flat_w, (((1,), (1,)), ((), ())))
     return product.reshape(*rows, *out)
+
+
+def _own_change(x: jax.Array, w: LowRankBank) -> jax.Array:
+    """x [..., C] -> [..., O]: the change that the place of each token makes."""
+    if w.alone:
+        return _change_alone(x, w)
+    inner = linear(x, w.a)  # [..., P rank]
+    place = jax.lax.broadcasted_iota(jnp.int32, inner.shape, inner.ndim - 1) // w.rank
+    # Selected, not multiplied by 0 or 1: what overflows for one adapter must not be NaN for all.
+    return linear(jnp.where(place == w.places[..., None], inner, 0), w.b)
+
+
+def _change_alone(x: jax.Array, w: LowRankBank) -> jax.Array:
+    """The same, with the matrices of each token's place gathered."""
+    out, at = w.b.shape[:-1], jnp.maximum(w.places, 0)
+    a = jnp.take(w.a.astype(x.dtype).reshape(-1, w.rank, x.shape[-1]), at, axis=0)  # [..., rank, C]
+    inner = jnp.where(w.places[..., None] < 0, 0, jnp.einsum("...c,...rc->...r", x, a))
+    b = jnp.take(w.b.astype(x.dtype).reshape(math.prod(out), -1, w.rank), at, axis=1)  # [O, ..., rank]
+    return jnp.einsum("...r,o...r->...o", inner, b).reshape(*x.shape[:-1], *out)

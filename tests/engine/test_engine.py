@@ -15,6 +15,7 @@ from llm_jax.engine.engine import Engine
 from llm_jax.engine.scheduler import QueueFull
 from llm_jax.ops.sampling_params import StructuredSpec
 
+SLOW = pytest.mark.slow
 SIZES = {"max_rows": 4, "token_budget": 32, "max_length": 96, "page_size": 16, "compile_ahead": False}
 TEXTS = [
     "我喜欢编程。",
@@ -71,11 +72,10 @@ def same(outputs, wanted):
     [
         {},
         {"overlap": False},
-        {"prefix_cache": False, "page_size": 8},
-        {"max_rows": 2, "token_budget": 17},
+        pytest.param({"prefix_cache": False, "page_size": 8}, marks=SLOW),
+        pytest.param({"max_rows": 2, "token_budget": 17}, marks=SLOW),
         {"speculation": "prompt_lookup", "draft_tokens": 3},
     ],
-    ids=lambda changes: "-".join(changes) or "default",
 )
 def test_the_same_tokens_as_a_fixed_batch(llm, expected, changes):
     serving = engine(llm, **changes)
@@ -101,7 +101,8 @@ def test_pages_run_out(llm, expected, preemption):
     assert nothing_left(serving)
 
 
-@pytest.mark.parametrize("mesh", ["data:2", pytest.param("data:2,tensor:2", marks=pytest.mark.slow)])
+@SLOW
+@pytest.mark.parametrize("mesh", ["data:2", "data:2,tensor:2"])
 def test_meshes(expected, mesh):
     serving = engine(LLM(mesh=mesh))
     same(serving.generate(TEXTS, GREEDY), expected["greedy"])
@@ -247,6 +248,7 @@ def test_what_is_refused_and_what_waits(llm):
         engine(llm, pages=(9, 9))
 
 
+@SLOW
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
 def test_caches_of_eight_bits(llm, expected, dtype):
     serving = engine(llm, cache_dtype=dtype)
@@ -294,7 +296,7 @@ MIXES = [
 ]
 
 
-@pytest.mark.slow
+@SLOW
 def test_strict_numerics_are_the_same_in_every_bit(llm):
     asked = [
         dataclasses.replace(GREEDY, logprobs=2),

@@ -45,6 +45,18 @@ def test_whole_pages_and_one_token_left():
     assert cache.match([]) == (0, [[]])
 
 
+def test_an_adapter_is_forgotten_with_its_pages():
+    cache, pools = make(PoolSpec(20), PoolSpec(20, 6))
+    tokens = list(range(12))
+    fill(cache, pools, tokens)
+    fill(cache, pools, tokens, "adapter")
+    cache.forget("adapter")
+    cache.forget("never seen")
+    assert cache.match(tokens, "adapter") == (0, [[], []])
+    assert cache.match(tokens)[0] == 8 and len(cache) == 6
+    assert [pool.free for pool in pools] == [16, 16]
+
+
 def test_other_tails_share_their_prefix():
     cache, pools = make(PoolSpec(20))
     first = fill(cache, pools, [0] * 8 + [1] * 4)
