@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "LLM": "llm_jax.infer.llm",
+    "Engine": "llm_jax.engine.engine",
+    "EngineConfig": "llm_jax.config",
     "SamplingParams": "llm_jax.ops.sampling",
     "ModelConfig": "llm_jax.config",
     "load_tokenizer": "llm_jax.data.tokenizer",
