@@ -125,7 +125,8 @@ def test_a_batch_of_several_adapters(llm, loras, expected, changes):
         assert serving.schedulers[0].statistics.preemptions > 0
 
 
-@pytest.mark.parametrize("mesh", ["data:2", pytest.param("data:2,tensor:2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data:2", "data:2,tensor:2"])
 def test_meshes(loras, expected, mesh):
     params = init_params(MODEL, make_mesh(mesh), jax.random.key(0))
     rows = 1 if mesh == "data:2" else 2

@@ -1,4 +1,4 @@
-"""An engine under everything that callers do, for some seconds, and the script that does so for hours."""
+"""An engine under everything that callers do, for some seconds; the script does so for hours."""
 
 import json
 import subprocess

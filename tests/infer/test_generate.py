@@ -70,7 +70,14 @@ def test_the_same_32_greedy_tokens_as_transformers(family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mesh", ["tensor:8", "data:2,tensor:4", "data:2,fsdp:2,tensor:2", "fsdp:8", "data:4,tensor:2"]
+    "mesh",
+    [
+        "data:2,tensor:4",
+        *(
+            pytest.param(mesh, marks=pytest.mark.slow)
+            for mesh in ("tensor:8", "data:2,fsdp:2,tensor:2", "fsdp:8", "data:4,tensor:2")
+        ),
+    ],
 )
 @pytest.mark.parametrize("family", ["gpt2", "gemma3"])
 def test_sharded_equals_unsharded(family, mesh, tmp_path):
@@ -84,6 +91,7 @@ def test_sharded_equals_unsharded(family, mesh, tmp_path):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_arrangement_does_not_change_the_tokens():
     """Not the dispatch size, the batch, the order, nor scanned layers instead of separate ones."""
     request = SamplingParams(max_new_tokens=20, temperature=0.8, top_k=20, seed=7)

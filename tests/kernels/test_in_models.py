@@ -71,7 +71,7 @@ def test_attention_within_a_batch_and_its_gradient(on_tpu, mesh):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * max(1.0, float(jnp.abs(theirs).max())))
 
 
-@pytest.mark.parametrize("mesh", ["", "data:2,tensor:4"])
+@pytest.mark.parametrize("mesh", ["", pytest.param("data:2,tensor:4", marks=pytest.mark.slow)])
 def test_windows_that_differ_between_scanned_layers(on_tpu, mesh):
     mesh, model = make_mesh(mesh), describe(dataclasses.replace(CONFIG, windows=(48, 0)))
     params = init_params(model, mesh, jax.random.key(0))

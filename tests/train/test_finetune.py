@@ -46,7 +46,13 @@ def settings(tmp_path, **changes):
     return FinetuneConfig(**values | changes)
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=8, targets=("attn/w", "mlp/"))])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        None,
+        pytest.param(LoraConfig(rank=8, targets=("attn/w", "mlp/")), marks=pytest.mark.slow),
+    ],
+)
 def test_the_assistants_words_are_learned(tmp_path, lora):
     config, mesh = settings(tmp_path, lora=lora), make_mesh("data:2")
     result = finetune.run(config, tmp_path / "run", mesh)

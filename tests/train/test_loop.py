@@ -170,6 +170,7 @@ def test_a_resume_with_other_data_is_refused_by_name(whole):
         fit(other, TRAIN, make_mesh("data:1"), workdir, steps=9)
 
 
+@pytest.mark.slow
 def test_a_run_that_moves_from_8_to_4_to_1_devices_goes_on_within_rounding(whole, tmp_path):
     for mesh, done in (("data:2,fsdp:2,tensor:2", 3), ("fsdp:2,tensor:2", 5)):
         with pytest.raises(OSError, match="lost"):

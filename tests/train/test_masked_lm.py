@@ -89,6 +89,7 @@ def data(tmp_path):
     return f"{tmp_path}/data.txt, {tmp_path}/table.tsv#other"
 
 
+@pytest.mark.slow
 def test_a_run_from_texts_to_a_model_of_transformers(data, tmp_path):
     config, workdir, mesh = dataclasses.replace(CONFIG, data=data), tmp_path / "run", make_mesh("data:2")
     texts, held_out = masked_lm._split(config)

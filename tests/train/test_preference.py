@@ -245,7 +245,7 @@ class Cut:
         return self.loader(step)
 
 
-@pytest.mark.parametrize("lora", [None, LORA])
+@pytest.mark.parametrize("lora", [None, pytest.param(LORA, marks=pytest.mark.slow)])
 def test_the_better_answer_is_learned_and_the_base_is_the_reference(tmp_path, lora):
     config, mesh = settings(tmp_path, lora=lora), make_mesh("data:1")
     result = preference.run(config, tmp_path / "run", mesh)

@@ -138,6 +138,7 @@ def test_a_run_from_a_file_to_answers(data, tmp_path):
     assert scores["baseline_exact_match"] == 0.0 < scores["baseline_f1"]
 
 
+@pytest.mark.slow
 def test_pretraining_starts_the_encoder(data, tmp_path):
     stage = PretrainConfig(optim=OptimConfig(5e-3), batch_size=8, steps=20, log_every=20)
     more = tmp_path / "more.txt"

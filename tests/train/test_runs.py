@@ -364,6 +364,7 @@ def test_pretraining_has_a_dropout_of_its_own(tmp_path):
     assert first_loss(0.5, None) == first_loss(0.0, 0.5) != without
 
 
+@pytest.mark.slow
 def test_a_classifier_starts_from_the_encoder_that_was_pretrained(tmp_path):
     data, workdir, mesh = tmp_path / "data.tsv", tmp_path / "run", make_mesh("data:1")
     write_reviews(data, 60, 0)

@@ -139,6 +139,7 @@ def test_the_loss_is_torchs_on_the_targets_of_packed_rows(tokenizer):
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)  # float32, other shapes
 
 
+@pytest.mark.slow
 def test_a_run_from_a_table_to_translations(table, tmp_path):
     config = dataclasses.replace(CONFIG, data=str(table))
     workdir, mesh = tmp_path / "run", make_mesh("data:2")
