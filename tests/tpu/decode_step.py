@@ -1,10 +1,12 @@
-"""A whole decode step of Llama 3 8B's shape for a slice, as a program of the laboratory."""
+"""Whole steps of Llama 3 8B's shape for a slice, as programs of the laboratory."""
 
 import jax
 import jax.numpy as jnp
 
 from llm_jax.cache import abstract_cache
+from llm_jax.cache.paged import abstract_paged
 from llm_jax.config import ModelConfig
+from llm_jax.infer.paged_steps import StepShape, make_paged_forward
 from llm_jax.infer.steps import make_forward
 from llm_jax.models import describe
 from llm_jax.sharding import batch_sharding, make_mesh
@@ -41,3 +43,25 @@ def decode_step(devices, mesh: str = "tensor:8", batch: int = 32, context: int =
             return forward(params, cache, tokens)
 
     return Case(jax.jit(step, donate_argnums=1), (params, cache, tokens))
+
+
+def engine_step(
+    devices, mesh: str = "tensor:8", rows: int = 32, chunk: int = 0, context: int = 4096, page: int = 128
+) -> Case:
+    """A step of the engine: a token for each of `rows` sequences and `chunk` tokens of a prompt."""
+    mesh, model, pages = make_mesh(mesh, devices), describe(CONFIG), context // page
+    placed = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
+    params = jax.tree.map(placed, model.shapes, model.shardings(mesh))
+    cache = abstract_paged(model.config, (rows * pages,), page, mesh)
+    shape = StepShape(rows + chunk, rows, rows, pages, 1)
+    packed = jax.ShapeDtypeStruct(
+        shape.empty(1)[0].shape, jnp.int32, sharding=batch_sharding(mesh, (1, 1))
+    )
+    last = jax.ShapeDtypeStruct((1, rows), jnp.int32, sharding=batch_sharding(mesh, (1, 1)))
+    forward = make_paged_forward(model, shape)
+
+    def step(params, cache, last, packed):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return forward(params, cache, last, packed)
+
+    return Case(jax.jit(step, donate_argnums=1), (params, cache, last, packed))

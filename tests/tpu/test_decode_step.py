@@ -6,6 +6,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 STEP = f"{Path(__file__).with_name('decode_step.py')}:decode_step"
+ENGINE = f"{Path(__file__).with_name('decode_step.py')}:engine_step"
 PAGED = "llm_jax.kernels.paged_attention.cases:case"
 
 
@@ -16,3 +17,11 @@ def test_llama_8b_on_eight_v5e_copies_no_cache_and_takes_less_than_8_ms(lab):
     # XLA's operations by its own estimate; the kernel where its lengths are known, for every layer.
     layer = lab(PAGED, "v5e:1x1", shape="32x4x1x4096x128").kernels[0].estimate_us
     assert report.xla_us + 32 * layer < 8000
+
+
+@pytest.mark.parametrize(("chunk", "kernels"), [(0, 1), (512, 3)])
+def test_a_step_of_the_engine_copies_no_page(lab, chunk, kernels):
+    report = lab(ENGINE, "v5e:2x4", chunk=chunk)
+    names = {kernel.kernel.partition(".")[0] for kernel in report.kernels}
+    assert len(names) == kernels, names
+    assert report.temp_bytes < 64 << 20, "the pool is 2 GiB a device, its layers 64 MiB each"
