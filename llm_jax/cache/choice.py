@@ -17,7 +17,10 @@ def abstract_cache(
 ) -> Cache:
     """Shapes, dtypes and shardings of what `init_cache` allocates, for compiling ahead of time."""
     kind = mesh.devices.flat[0].device_kind
+    tensor = mesh.shape["tensor"]
     why_not = kernel_refusal(kind, config.head_dim) or why_not_tiled(config, size)
+    if not why_not and config.num_heads % tensor:  # lanes would be split where heads are not
+        why_not = f"tensor={tensor} does not divide num_heads={config.num_heads}"
     if config.attention == "pallas" and why_not:
         raise ValueError(f"attention='pallas': {why_not}; take 'auto' or 'xla'")
     if config.attention == "xla" or why_not:

@@ -89,7 +89,7 @@ def test_rows_move():
         np.testing.assert_array_equal(moved, np.take(old, [1, 1, 3, 2], axis))
 
 
-def test_tiles_are_for_tpus_and_models_that_the_kernel_serves():
+def test_tiles_are_for_tpus_and_models_that_the_kernel_serves(monkeypatch):
     mesh = make_mesh("")
     chosen = functools.partial(abstract_cache, batch=2, size=64)
     assert isinstance(chosen(describe(config()).config, mesh=mesh), DenseCache)
@@ -105,6 +105,10 @@ def test_tiles_are_for_tpus_and_models_that_the_kernel_serves():
     assert not why_not_tiled(describe(config()).config, 64)
     with pytest.raises(ValueError, match="attention='pallas': there is no kernel for cpu"):
         chosen(describe(config(attention="pallas")).config, mesh=mesh)
+    monkeypatch.setattr("llm_jax.cache.choice.kernel_refusal", lambda *_: "")  # as where there is one
+    assert isinstance(chosen(describe(config()).config, mesh=mesh), TiledCache)
+    odd = describe(config(num_heads=6, num_kv_heads=2)).config
+    assert isinstance(chosen(odd, mesh=make_mesh("tensor:4")), DenseCache), "lanes divide, heads do not"
     cache = abstract_tiled(describe(config((16, 0))).config, 2, 64, mesh)
     assert isinstance(cache, TiledCache)
     assert cache.ring.shape == (1, 2, 1, 2, 16, 64) and cache.full.shape == (1, 2, 4, 2, 16, 64)
