@@ -41,14 +41,12 @@ def test_steps_compile_for_every_generation(topology, mesh):
     found = {(record["model"], record["step"]): record for record in records}
     steps = ("prefill", "decode", "train")
     assert list(found) == [(model, step) for model in ("gemma2", "llama") for step in steps]
-    # Windows that differ between layers keep attention within a batch to XLA.
-    kernels = {place: record["kernels"] for place, record in found.items() if record["kernels"]}
-    assert kernels == {
-        ("gemma2", "decode"): ["paged_decode"],
-        ("llama", "prefill"): ["flash_attention"],
-        ("llama", "decode"): ["paged_decode"],
-        ("llama", "train"): ["flash_attention", "flash_attention_keys"],
+    kernels = {
+        "prefill": ["flash_attention"],
+        "decode": ["paged_decode"],
+        "train": ["flash_attention", "flash_attention_keys"],
     }
+    assert all(record["kernels"] == kernels[step] for (_, step), record in found.items())
     if "tensor" in mesh:  # the sums of attention and feed-forward outputs
         assert all("all-reduce" in record["collectives"] for record in found.values())
     if "fsdp" in mesh:  # parameters are brought together where they are used
