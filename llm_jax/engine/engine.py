@@ -90,6 +90,7 @@ class _Flight:
     """A step that runs: its plans, by shard, and the tokens it will have chosen."""
 
     plans: list[StepPlan | None]
+    starts: np.ndarray  # [D, R], where its rows' tokens are
     chosen: jax.Array  # [D, R, P, C]
     scores: jax.Array | None  # [D, T, C]
 
@@ -176,14 +177,18 @@ class Engine:
         params = self.llm.default_sampling() if params is None else params
         ids = self.llm.encode(prompt)
         check_lengths(self.llm.model, [ids], [params.max_new_tokens])
-        wanted = params.candidates()
         stop_ids = (*params.stop_ids, *(() if params.ignore_eos else self.llm.end_ids))
-        self._check(wanted, stop_ids)
+        self._check(params, stop_ids)
         grammar = None
         if params.structured is not None:
             if self.llm.tokenizer is None:
                 raise ValueError("SamplingParams.structured needs a tokenizer, and this LLM has none")
             grammar = Grammar.compile(params.structured, self.llm.tokenizer, stop_ids or None)
+        text = prompt if isinstance(prompt, str) else None
+        replies = [
+            Reply(Output(text, ids, sample), params, stop_ids, self._decoder(ids))
+            for sample in range(params.n)
+        ]
         with self._lock:
             self.adapters.check(adapter)
             number = next(self._numbers)
@@ -194,7 +199,7 @@ class Engine:
                 name,
                 tuple(ids),
                 params.max_new_tokens,
-                wanted.n,
+                params.n,
                 priority,
                 None if deadline_s is None else now + deadline_s,
                 adapter,
@@ -204,21 +209,16 @@ class Engine:
             if name in self._live:
                 raise ValueError(f"id={name!r} is in use; give every request its own")
             scheduler.add(request)
-            text = prompt if isinstance(prompt, str) else None
-            replies = [
-                Reply(Output(text, ids, sample), wanted, stop_ids, self._decoder(ids))
-                for sample in range(wanted.n)
-            ]
             self._live[name] = _Live(
-                wanted,
-                tier_of([wanted]),
+                params,
+                tier_of([params]),
                 stop_ids,
                 number,
                 self.schedulers.index(scheduler),
                 replies,
                 on_text,
-                wanted.n,
-                pack_mask(wanted, self.llm.model.config.vocab_size) if wanted.masked else None,
+                params.n,
+                pack_mask(params, self.llm.model.config.vocab_size) if params.masked else None,
                 [grammar.start() for _ in replies if grammar],
                 [PromptLookup(self._drafts) for _ in replies if self._drafts],
             )
@@ -295,6 +295,7 @@ class Engine:
         adapters = [adapter] * len(prompts) if isinstance(adapter, str | None) else list(adapter)
         if len(adapters) != len(prompts):
             raise ValueError(f"adapter has {len(adapters)} entries for {len(prompts)} prompts")
+        each = [self.llm.default_sampling() if params is None else params for params in each]
         outputs: dict[str, list[Output]] = {}
         work = collections.deque(zip(prompts, each, adapters, strict=True))
         try:
@@ -302,6 +303,8 @@ class Engine:
                 try:
                     while work:
                         prompt, params, its = work[0]
+                        if on_text is None:
+                            params = params.candidates()
                         name = self.add(prompt, params, adapter=its, on_text=on_text)
                         outputs[name] = [reply.output for reply in self._live[name].replies]
                         work.popleft()
@@ -311,11 +314,11 @@ class Engine:
         finally:
             for name in outputs:
                 self.cancel(name)
-            while not (self._live or self.idle):  # a step that was begun ahead
+            # What was cancelled is reported, and a step that was begun ahead lands.
+            while any(name in self._live for name in outputs) or not (self._live or self.idle):
                 self.step()
-        params = [self.llm.default_sampling() if p is None else p for p in each]
-        chosen = zip(outputs.values(), params, strict=True)
-        return [output for found, p in chosen for output in best_of(found, p)]
+        drawn = zip(outputs.values(), each, strict=True)
+        return [output for found, params in drawn for output in best_of(found, params)]
 
     async def stream(
         self, prompt: Any, params: SamplingParams | None = None, **options: Any
@@ -381,7 +384,7 @@ class Engine:
         chosen = self._choose(rows, tier, logits, of)
         for array in (chosen, *scores):
             array.copy_to_host_async()
-        self._flights.append(_Flight(plans, chosen, scores[0] if scores else None))
+        self._flights.append(_Flight(plans, parts["starts"], chosen, scores[0] if scores else None))
         return True
 
     def _choose(
@@ -458,7 +461,7 @@ class Engine:
             if i >= len(plan.decodes):
                 at = self._up(at)
             end, drafted = at + row.count, row.drafted
-            known = (sequence.tokens + sequence.draft)[row.start : row.start + row.count]
+            known = sequence.tokens[row.start : row.start + row.count] + sequence.draft[:drafted]
             parts["tokens"][d, at:end] = -1 - sequence.slot
             parts["tokens"][d, at : at + len(known)] = known
             parts["starts"][d, i], parts["counts"][d, i] = at, row.count
@@ -557,18 +560,16 @@ class Engine:
         for d, plan in enumerate(flight.plans):
             if plan is None:
                 continue
-            tokens, stopped, texts, at = {}, set(), {}, 0
+            tokens, stopped, texts = {}, set(), {}
             for i, row in enumerate(plan.rows):
-                if row.sequence.finished is None:
-                    at = self._up(at) if i >= len(plan.decodes) else at
-                    if scores is not None and self._is_scored(row):
-                        self._score(row, [x[d, at : at + row.count] for x in scores])
-                    if row.samples:
-                        tokens[i], texts[row.sequence], ended = self._reply(
-                            row, [x[d, i] for x in found]
-                        )
-                        stopped |= {i} if ended else set()
-                at += row.count
+                if row.sequence.finished is not None:
+                    continue
+                if scores is not None and self._is_scored(row):
+                    at = flight.starts[d, i]
+                    self._score(row, [x[d, at : at + row.count] for x in scores])
+                if row.samples:
+                    tokens[i], texts[row.sequence], ended = self._reply(row, [x[d, i] for x in found])
+                    stopped |= {i} if ended else set()
             start = time.perf_counter()
             events = self.schedulers[d].commit(plan, tokens, stopped)
             self.scheduling_s += time.perf_counter() - start
@@ -595,8 +596,9 @@ class Engine:
         """Note the log probabilities of the prompt's tokens after each of a row's."""
         live, prompt = self._live[row.sequence.request.id], row.sequence.request.prompt
         count = min(row.count, len(prompt) - 1 - row.start)
-        for reply in live.replies:
-            reply.take_prompt(*(x[:count] for x in scores[1:]))
+        for reply in live.replies:  # of a prompt that is computed again a part is known
+            known = len(reply.output.prompt_logprobs or ()) - 1 - row.start
+            reply.take_prompt(*(x[known:count] for x in scores[1:]))
 
     def _reported(self, events, texts: dict[Running, str] | None = None) -> list[Delta]:
         """The events as callers see them; requests that have ended are forgotten."""
@@ -631,6 +633,11 @@ class Engine:
 
     def _check(self, params: SamplingParams, stop_ids: tuple[int, ...]) -> None:
         """Refuse by name what the steps cannot do."""
+        if params.best_of is not None:
+            raise ValueError(
+                f"SamplingParams.best_of is {params.best_of}: what is chosen at the end cannot come in "
+                "pieces; use None, or `generate` without on_text"
+            )
         vocab = self.llm.model.config.vocab_size
         if params.prompt_logprobs is not None and not self.config.prompt_logprobs:
             raise ValueError(

@@ -214,6 +214,29 @@ def test_prompt_logprobs_and_best_of(llm):
         engine(llm).add(prompt, asked)
 
 
+def test_prompt_logprobs_where_a_prompt_is_computed_again(llm):
+    serving = engine(llm, prompt_logprobs=True, pages=(8,), page_size=8, max_length=56)
+    asked = dataclasses.replace(GREEDY, prompt_logprobs=0, ignore_eos=True)
+    prompts = [[10 + i, *range(20, 39)] for i in range(4)]
+    outputs = serving.generate(prompts, asked)
+    assert serving.schedulers[0].statistics.preemptions > 0
+    for ours, theirs in zip(outputs, llm.generate(prompts, asked), strict=True):
+        np.testing.assert_allclose(ours.prompt_logprobs[1:], theirs.prompt_logprobs[1:], atol=1e-4)
+    assert nothing_left(serving)
+
+
+def test_a_refused_request_leaves_nothing(llm):
+    plain = LLM.from_params(llm.model, llm.params, None, mesh=llm.mesh)
+    serving = engine(plain)
+    with pytest.raises(ValueError, match="stop strings need a tokenizer"):
+        serving.add([5, 6], dataclasses.replace(GREEDY, stop=("a",)))
+    with pytest.raises(ValueError, match="SamplingParams.best_of is 3"):
+        serving.add([5, 6], SamplingParams(best_of=3, max_new_tokens=4))
+    with pytest.raises(ValueError, match="prompt 0 has no tokens"):
+        serving.generate([[5, 6], []], GREEDY)
+    assert nothing_left(serving)
+
+
 def test_what_is_refused_and_what_waits(llm):
     serving = engine(llm, max_queue=2)
     refused = {
