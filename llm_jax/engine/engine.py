@@ -152,6 +152,7 @@ class Engine:
         self._live: dict[str, _Live] = {}
         self._flights: collections.deque[_Flight] = collections.deque()
         self._numbers, self._lock = itertools.count(), threading.RLock()
+        self._driver: asyncio.Task | None = None
         self.busy_s = self.scheduling_s = 0.0  # seconds in steps, and of these in the schedulers
 
     # Requests.
@@ -254,8 +255,8 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do."""
-        return not self._flights and all(scheduler.idle for scheduler in self.schedulers)
+        """Whether there is nothing to do, nor to report."""
+        return not (self._live or self._flights)
 
     # Steps.
 
@@ -330,19 +331,32 @@ class Engine:
         queue: asyncio.Queue[Delta] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         put = lambda delta: loop.call_soon_threadsafe(queue.put_nowait, delta)  # noqa: E731
+        params = self.llm.default_sampling() if params is None else params
         name = await asyncio.to_thread(self.add, prompt, params, on_text=put, **options)
-        left = self._live[name].left
+        left = params.n
         try:
             while left:
-                pull = asyncio.ensure_future(queue.get())
-                while not pull.done():
-                    await asyncio.to_thread(self.step)
-                    await asyncio.sleep(0)
+                pull, driver = asyncio.ensure_future(queue.get()), self._driven(loop)
+                await asyncio.wait({pull, driver}, return_when=asyncio.FIRST_COMPLETED)
+                if not pull.done():
+                    pull.cancel()
+                    driver.result()  # raises what a step raised
+                    continue
                 delta = pull.result()
                 left -= delta.finish_reason is not None
                 yield delta
         finally:
             self.cancel(name)
+
+    def _driven(self, loop: asyncio.AbstractEventLoop) -> asyncio.Task:
+        """The task that runs steps for all streams of an event loop, while there is something to do."""
+        if self._driver is None or self._driver.done() or self._driver.get_loop() is not loop:
+            self._driver = loop.create_task(self._drive())
+        return self._driver
+
+    async def _drive(self) -> None:
+        while not self.idle:
+            await asyncio.to_thread(self.step)
 
     @property
     def _may_run_ahead(self) -> bool:

@@ -54,7 +54,7 @@ def engine(llm, **changes):
 
 def nothing_left(engine):
     """Whether no page is in use and no request is known."""
-    assert engine.idle and not engine._live
+    assert engine.idle
     for scheduler in engine.schedulers:
         load = scheduler.load()
         assert load.running == load.waiting == 0 and load.free_pages == load.total_pages
@@ -167,14 +167,50 @@ def test_streams_of_asyncio(llm, expected):
         async for _ in serving.stream(text, GREEDY):
             break
 
-    async def both():
-        return await asyncio.gather(*map(read, TEXTS), leave(TEXTS[0]))
+    async def cancelled(text):
+        reasons = []
+        async for delta in serving.stream(text, GREEDY, id="victim"):
+            serving.cancel("victim")
+            reasons.append(delta.finish_reason)
+        return reasons
 
-    texts = asyncio.run(both())
-    assert texts[:4] == [output.text for output in expected["greedy"]]
+    async def all_of_them():
+        return await asyncio.gather(*map(read, TEXTS), cancelled(TEXTS[0]), leave(TEXTS[0]))
+
+    *texts, reasons, _ = asyncio.run(asyncio.wait_for(all_of_them(), 300))
+    assert texts == [output.text for output in expected["greedy"]]
+    assert reasons[-1] == "cancelled"
     while not serving.idle:
         serving.step()
     assert nothing_left(serving)
+
+
+def test_streams_are_not_behind_the_steps(llm):
+    serving, behind = engine(llm), []
+
+    async def read(i):
+        seen = 0
+        async for delta in serving.stream([20 + i], dataclasses.replace(GREEDY, ignore_eos=True)):
+            seen += len(delta.token_ids)
+            behind.append(len(delta.output.token_ids) - seen)
+
+    async def everyone():
+        await asyncio.gather(*map(read, range(4)))
+
+    asyncio.run(everyone())
+    assert len(behind) == 80 and np.mean(behind) < 1, "one step serves all streams"
+
+
+def test_what_a_step_raises_reaches_the_stream(llm, monkeypatch):
+    serving = engine(llm)
+    monkeypatch.setattr(serving, "_dispatch", lambda: 1 / 0)
+
+    async def read():
+        async for _ in serving.stream("a", GREEDY):
+            pass
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(asyncio.wait_for(read(), 60))
 
 
 def test_a_shared_beginning_is_computed_once(llm):
