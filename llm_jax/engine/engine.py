@@ -178,18 +178,14 @@ class Engine:
         params = self.llm.default_sampling() if params is None else params
         ids = self.llm.encode(prompt)
         check_lengths(self.llm.model, [ids], [params.max_new_tokens])
-        stop_ids = (*params.stop_ids, *(() if params.ignore_eos else self.llm.end_ids))
+        stop_ids = self.llm.stops(params)
         self._check(params, stop_ids)
         grammar = None
         if params.structured is not None:
             if self.llm.tokenizer is None:
                 raise ValueError("SamplingParams.structured needs a tokenizer, and this LLM has none")
             grammar = Grammar.compile(params.structured, self.llm.tokenizer, stop_ids or None)
-        text = prompt if isinstance(prompt, str) else None
-        replies = [
-            Reply(Output(text, ids, sample), params, stop_ids, self._decoder(ids))
-            for sample in range(params.n)
-        ]
+        replies = self.llm.replies(prompt, ids, params)
         with self._lock:
             self.adapters.check(adapter)
             number = next(self._numbers)
@@ -671,14 +667,6 @@ class Engine:
             stream=0,
         )
 
-    def _decoder(self, prompt: list[int]):
-        """A decoder that has read the prompt, so that a word begun after it keeps its space."""
-        if self.llm.tokenizer is None:
-            return None
-        decoder = self.llm.tokenizer.stream()
-        decoder.push(prompt)
-        return decoder
-
     def _pages_that_fit(self, windows: tuple[int, ...]) -> tuple[int, ...]:
         """Pages of each pool: what all rows can use, twice with a prefix cache, or less where memory is
         short.
@@ -691,11 +679,8 @@ class Engine:
         mesh = self.llm.mesh
         each = page_bytes(self.llm.model.config, size, mesh, config.cache_dtype or None)
         free = min(free_bytes(device) for device in mesh.local_devices)
-        share = (
-            0.5 * config.memory_share if mesh.devices.flat[0].platform == "cpu" else config.memory_share
-        )
         wanted = sum(n * b for n, b in zip(useful, each, strict=True))
-        fits = min(1.0, free * share / wanted)
+        fits = min(1.0, free * config.memory_share / wanted)
         pages = tuple(int(n * fits) for n in useful)
         if min(pages) < -(-self.max_length // size) + 2 and fits < 1:
             raise ValueError(

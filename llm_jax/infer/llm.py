@@ -264,7 +264,7 @@ class LLM:
                 [ids[i] for i in batch],
                 [requests[i] for i in batch],
                 options,
-                stop_ids=[self._stops(requests[i]) for i in batch],
+                stop_ids=[self.stops(requests[i]) for i in batch],
                 compiled=self.compiled,
                 timing=timing,
             )
@@ -286,7 +286,7 @@ class LLM:
         output.score = float(found.scores[row, output.sample])
         if request.logprobs is not None:
             output.logprobs = found.logprobs[row, output.sample, : len(output.token_ids)].tolist()
-        ended = output.token_ids[-1] in self._stops(request)
+        ended = output.token_ids[-1] in self.stops(request)
         output.finish_reason = "stop" if ended else "length"
         if (decoder := self._decoder(output.prompt_ids)) is not None:
             shown = output.token_ids[: len(output.token_ids) - ended]
@@ -303,25 +303,15 @@ class LLM:
             ids = [self.encode(p) for p in prompts]
         check_lengths(self.model, ids, [request.max_new_tokens for request in requests])
         for batch in self._batches(requests):
-            outputs = [
-                Output(_text_of(prompts[i]), ids[i], sample)
-                for i in batch
-                for sample in range(requests[i].n)
-            ]
-            yield outputs, None, ""
-            rows = [
-                Reply(output, requests[i], self._stops(requests[i]), self._decoder(ids[i]))
-                for i, output in zip(
-                    [i for i in batch for _ in range(requests[i].n)], outputs, strict=True
-                )
-            ]
+            rows = [row for i in batch for row in self.replies(prompts[i], ids[i], requests[i])]
+            yield [row.output for row in rows], None, ""
             chunks = generate(
                 self.model,
                 self.params,
                 self.mesh,
                 [ids[i] for i in batch],
                 [requests[i] for i in batch],
-                stop_ids=[self._stops(requests[i]) for i in batch],
+                stop_ids=[self.stops(requests[i]) for i in batch],
                 compiled=self.compiled,
                 timing=timing,
                 default_seed=self.seed + self._runs,  # another batch, other noise
@@ -378,8 +368,20 @@ class LLM:
         if batch:
             yield batch
 
-    def _stops(self, request: SamplingParams) -> tuple[int, ...]:
+    def stops(self, request: SamplingParams) -> tuple[int, ...]:
+        """Ids that end a request's texts."""
         return (*request.stop_ids, *(() if request.ignore_eos else self.end_ids))
+
+    def replies(self, prompt: Any, ids: list[int], request: SamplingParams) -> list[Reply]:
+        """The continuations of a prompt, n, before their first token. ids: `encode` of the prompt.
+
+        Raises ValueError for stop strings where there is no tokenizer.
+        """
+        text, stops = _text_of(prompt), self.stops(request)
+        return [
+            Reply(Output(text, ids, sample), request, stops, self._decoder(ids))
+            for sample in range(request.n)
+        ]
 
     def _decoder(self, prompt: list[int]) -> StreamingDecoder | None:
         """A decoder that has read the prompt, so that a word begun after it keeps its space."""
