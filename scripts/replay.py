@@ -14,7 +14,9 @@ from absl import app, flags
 from llm_jax import cli
 from llm_jax.engine.trace import changed_config, fit_step_time, measured, read_trace, replay, whatif
 
-TRACE = flags.DEFINE_string("trace", None, "File that TraceWriter wrote.", required=True)
+TRACE = flags.DEFINE_string(
+    "trace", None, "File that an engine wrote, see EngineConfig.trace.", required=True
+)
 WHATIF = flags.DEFINE_string("whatif", None, "Settings of SchedulerConfig to change, as JSON.")
 JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 

@@ -41,7 +41,9 @@ ONLY_IN = {  # package: the files that may import it
     "torch": set(),
     "transformers": set(),
 }
-HOST_ONLY = {f"engine/{name}.py" for name in ("request", "pages", "prefix", "scheduler")}  # never jax
+HOST_ONLY = {  # never jax
+    f"engine/{name}.py" for name in ("request", "pages", "prefix", "plan", "scheduler", "trace")
+}
 DEFERRED = {  # (file, module): why this import may stand inside a function
     ("data/sources.py", "pyarrow"): "the extra `data`: 100 MB that only .zst files need",
     ("data/sources.py", "pyarrow.parquet"): "likewise, for Parquet files",

@@ -37,6 +37,9 @@ class EngineConfig:
         adapter_rank: of each at most.
         adapter_targets: patterns of the weights that adapters may change; () = all of the layers.
         compile_ahead: compile all programs when the engine begins; else each where it is first needed.
+        trace: a file that all calls and decisions of the scheduler are written to, for
+            scripts/replay.py; it has prompts and replies as ids. "" = none. Further data shards' go to
+            files with .1, .2 ... after the name.
         seed: for requests that name none.
     """
 
@@ -61,6 +64,7 @@ class EngineConfig:
     adapter_rank: int = 16
     adapter_targets: tuple[str, ...] = ()
     compile_ahead: bool = True
+    trace: str = ""
     seed: int = 0
 
     def __post_init__(self):
@@ -73,5 +77,10 @@ class EngineConfig:
         require(
             0 < self.memory_share <= 1, "memory_share", self.memory_share, "a share above 0, up to 1"
         )
+        if self.trace and self.adapters:
+            raise ValueError(
+                f"trace={self.trace!r} with adapters={self.adapters}: decisions depend on the adapters' "
+                "places, which a trace does not hold; leave one out"
+            )
         choice("cache_dtype", self.cache_dtype, CACHE_DTYPES)
         choice("speculation", self.speculation, SPECULATION)

@@ -30,11 +30,13 @@ from llm_jax.config import EngineConfig
 from llm_jax.engine.adapters import Adapters
 from llm_jax.engine.drafts import PromptLookup
 from llm_jax.engine.pages import SCRATCH, PoolSpec
+from llm_jax.engine.plan import Event, Row, SchedulerConfig, StepPlan
 from llm_jax.engine.programs import ALIGNMENT, WRITTEN, Buckets, Programs
 from llm_jax.engine.request import Reason, Request
 from llm_jax.engine.request import Sequence as Running
-from llm_jax.engine.scheduler import Event, QueueFull, Row, Scheduler, SchedulerConfig, StepPlan
+from llm_jax.engine.scheduler import QueueFull, Scheduler
 from llm_jax.engine.structured import Grammar, GrammarState
+from llm_jax.engine.trace import TraceWriter
 from llm_jax.infer.generate import check_lengths
 from llm_jax.infer.llm import LLM
 from llm_jax.infer.paged_steps import init_slots, read_chosen
@@ -135,8 +137,7 @@ class Engine:
             host_pages=self.config.host_pages,
             aging_s=self.config.aging_s,
         )
-        may_begin = self.adapters.places.may_begin if self.config.adapters else None
-        self.schedulers = [Scheduler(settings, clock, may_begin) for _ in range(self._shards)]
+        self.schedulers = [self._scheduler(settings, d) for d in range(self._shards)]
         with jax.set_mesh(mesh):
             dtype = self.config.cache_dtype or None
             self._cache = init_paged(model.config, pages, self.config.page_size, mesh, dtype)
@@ -640,6 +641,15 @@ class Engine:
         return delta
 
     # Checks and sizes.
+
+    def _scheduler(self, settings: SchedulerConfig, shard: int) -> Scheduler:
+        if self.config.trace:
+            path = Path(f"{self.config.trace}.{shard}" if shard else self.config.trace)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w", encoding="utf-8", buffering=1)  # whole lines, whatever happens
+            return TraceWriter(settings, self._clock, file)
+        may_begin = self.adapters.places.may_begin if self.config.adapters else None
+        return Scheduler(settings, self._clock, may_begin)
 
     def _check(self, params: SamplingParams, stop_ids: tuple[int, ...]) -> None:
         """Refuse by name what the steps cannot do."""

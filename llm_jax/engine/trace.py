@@ -19,8 +19,9 @@ from typing import Any, TextIO
 import numpy as np
 
 from llm_jax.engine.pages import PoolSpec
+from llm_jax.engine.plan import Event, SchedulerConfig, StepPlan
 from llm_jax.engine.request import Reason, Request, Sequence
-from llm_jax.engine.scheduler import Event, QueueFull, Scheduler, SchedulerConfig, StepPlan
+from llm_jax.engine.scheduler import QueueFull, Scheduler
 
 VERSION = 1
 PERCENTILES = (50, 90, 99)

@@ -20,8 +20,9 @@ from llm_jax.config import EngineConfig, LoraConfig
 from llm_jax.engine.adapters import Places
 from llm_jax.engine.engine import Engine
 from llm_jax.engine.pages import PoolSpec
+from llm_jax.engine.plan import SchedulerConfig
 from llm_jax.engine.request import Request
-from llm_jax.engine.scheduler import Scheduler, SchedulerConfig
+from llm_jax.engine.scheduler import Scheduler
 from llm_jax.infer.llm import demo_model
 from llm_jax.models import describe, init_params
 from llm_jax.models.lora import LoraModel

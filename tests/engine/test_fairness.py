@@ -6,8 +6,9 @@ import random
 import pytest
 
 from llm_jax.engine.pages import PoolSpec
+from llm_jax.engine.plan import SchedulerConfig
 from llm_jax.engine.request import Request
-from llm_jax.engine.scheduler import QueueFull, Scheduler, SchedulerConfig
+from llm_jax.engine.scheduler import QueueFull, Scheduler
 
 STEP_S = 0.01
 CONFIG = dict(

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import re
+import tempfile
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from llm_jax.config import EngineConfig
 from llm_jax.engine import engine as engine_module
 from llm_jax.engine.engine import Engine
 from llm_jax.engine.scheduler import QueueFull
+from llm_jax.engine.trace import read_trace, replay
 from llm_jax.ops.sampling_params import StructuredSpec
 from tests.infer.test_sampling_fields import CASES, GREEDY, PROMPTS, SEEDED, llm
 
@@ -87,7 +90,7 @@ def pages(**changes):
 
 
 def memory_share(monkeypatch):
-    monkeypatch.setattr(engine_module, "free_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(engine_module, "free_bytes", lambda device: 1 << 19)
     assert pages(memory_share=0.05) < pages(memory_share=0.06)
 
 
@@ -151,6 +154,20 @@ def prompt_logprobs(monkeypatch):
         made(prompt_logprobs=False).add("a", SamplingParams(max_new_tokens=3, prompt_logprobs=1))
 
 
+def trace(monkeypatch):
+    """What an engine records is repeated to the last decision, with pages short and drafts."""
+    few = {"page_size": 8, "pages": (9,), "max_length": 56, "speculation": "prompt_lookup"}
+    asked = SamplingParams(**(GREEDY | {"max_new_tokens": 20, "ignore_eos": True, "n": 2}))
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "new" / "trace.jsonl"
+        serving = made(trace=str(path), **few)
+        serving.generate([LONG[:20]] * 4, asked)
+        assert serving.schedulers[0].statistics.preemptions > 0
+        assert replay(read_trace(path)) is None, "the first call with another answer"
+    with pytest.raises(ValueError, match="trace='x' with adapters=2"):
+        EngineConfig(trace="x", adapters=2)
+
+
 def seeds(monkeypatch):
     asked = SamplingParams(max_new_tokens=12)
     first, again, other = (made(seed=seed).generate(["abc"], asked)[0].token_ids for seed in (0, 0, 1))
@@ -176,6 +193,7 @@ CHECKS = {
     "prompt_logprobs": prompt_logprobs,
     "strict_numerics": strict,
     "compile_ahead": lambda _: len(made(compile_ahead=True, max_rows=1).programs._compiled) > 5,
+    "trace": trace,
     "seed": seeds,
 }
 ELSEWHERE = {"adapters", "adapter_rank", "adapter_targets"}  # test_adapters.py

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from llm_jax.engine.pages import PoolSpec
+from llm_jax.engine.plan import SchedulerConfig
 from llm_jax.engine.request import Request
-from llm_jax.engine.scheduler import QueueFull, SchedulerConfig
+from llm_jax.engine.scheduler import QueueFull
 from llm_jax.engine.trace import (
     StepTime,
     TraceWriter,

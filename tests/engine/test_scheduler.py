@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from llm_jax.engine.pages import PoolSpec
+from llm_jax.engine.plan import SchedulerConfig
 from llm_jax.engine.request import Reason, Request
-from llm_jax.engine.scheduler import QueueFull, Scheduler, SchedulerConfig
+from llm_jax.engine.scheduler import QueueFull, Scheduler
 
 STOP = 0  # the token that ends a sequence
 CONFIG = SchedulerConfig(
