@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax.config import nearest
@@ -114,6 +115,18 @@ def shardings(axes: Any, shapes: Any, mesh: Mesh, rules: Rules = PARAMS) -> Any:
         shapes,
         is_leaf=is_axes,
     )
+
+
+def placed(abstract: Any, axes: Any, mesh: Mesh, rules: Rules = PARAMS) -> Any:
+    """A tree of shapes with the shardings of its logical axes, for compiling ahead and for `zeros`."""
+    place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, abstract, shardings(axes, abstract, mesh, rules))
+
+
+def zeros(abstract: Any) -> Any:
+    """Arrays of zeros like what `placed` gives, born on their shards."""
+    make = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract)  # noqa: E731
+    return jax.jit(make, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
 
 
 def is_axes(leaf: Any) -> bool:

@@ -50,7 +50,6 @@ def records(case, torch, transformers, peer_name) -> Iterator[dict]:
     """What the case finds."""
     name, new, repeats, batches = SHAPE.value, NEW.value, REPEATS.value, list(map(int, BATCH.value))
     prompt = PROMPT.value or (512 if case == "prefill" else 32)
-    requests, rows = REQUESTS.value, ROWS.value
     if case == "train":
         options = {"compiled": peer_name == "torch_compile", "steps": STEPS.value, "mesh": MESH.value}
         speeds = interleaved(rivals(torch, name, **options), repeats)
@@ -61,9 +60,10 @@ def records(case, torch, transformers, peer_name) -> Iterator[dict]:
     if case == "bandwidth":
         yield generation_cases.bandwidth(torch, llm, peer, name, prompt, new, repeats)
     elif case in serving_cases.CASES:
-        options = {"requests": requests, "rows": rows, "repeats": repeats, "batches": batches}
-        options |= {"rates": list(map(float, RATES.value)), "prompt_tokens": prompt, "new_tokens": new}
-        yield from serving_cases.CASES[case]((torch, transformers), llm, peer, name, **options)
+        rates = list(map(float, RATES.value))
+        sizes = (repeats, REQUESTS.value, ROWS.value, rates, batches, prompt, new)
+        setup = serving_cases.Setup(torch, transformers, llm, peer, name, *sizes)
+        yield from serving_cases.CASES[case](setup)
     else:
         for batch in batches:
             found = generation_cases.speeds(torch, llm, peer, case, batch, prompt, new, repeats)

@@ -3,6 +3,7 @@
 Every round has requests of its own, so that no prefix is known from the round before.
 """
 
+import dataclasses
 import functools
 import statistics
 import time
@@ -21,9 +22,26 @@ from llm_jax.engine.engine import Engine
 from llm_jax.infer.llm import LLM
 from llm_jax.ops.sampling_params import SamplingParams
 
-Modules = tuple[ModuleType, ModuleType]  # torch and transformers
 VOCAB = 30000  # ids that all shapes have
 LONGEST = 800  # tokens of a request: 512 of a prompt, 256 new ones, and some
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Both sides of a comparison, and its sizes; a case takes those that it has use for."""
+
+    torch: ModuleType
+    transformers: ModuleType
+    llm: LLM
+    peer: Any  # the same weights in transformers
+    name: str  # of the shape
+    repeats: int
+    requests: int  # of mixed_traffic, arrivals, prefix
+    rows: int  # of the engine and of the peer's batches, likewise
+    rates: list[float]  # of arrivals, requests a second
+    batches: list[int]  # of overhead
+    prompt_tokens: int  # likewise
+    new_tokens: int  # of overhead and speculation
 
 
 def engine_for(llm: LLM, rows: int, **changes: Any) -> Engine:
@@ -31,20 +49,10 @@ def engine_for(llm: LLM, rows: int, **changes: Any) -> Engine:
     return Engine(llm, EngineConfig(**({"max_rows": rows, "max_length": LONGEST} | changes)))
 
 
-def mixed_traffic(
-    modules: Modules,
-    llm: LLM,
-    peer: Any,
-    name: str,
-    *,
-    requests: int,
-    rows: int,
-    repeats: int,
-    **_: Any,
-) -> Iterator[dict[str, Any]]:
+def mixed_traffic(setup: Setup) -> Iterator[dict[str, Any]]:
     """Many unequal requests at once beside transformers: static batches, and its continuous ones."""
-    (torch, transformers), engine, times = modules, engine_for(llm, rows), []
-    traffic = [mixed(requests, VOCAB, seed) for seed in range(repeats + 1)]
+    engine, times = engine_for(setup.llm, setup.rows), []
+    traffic = [mixed(setup.requests, VOCAB, seed) for seed in range(setup.repeats + 1)]
     turns = {who: iter(traffic) for who in ("ours", "static", "continuous")}
     tokens = lambda each: sum(each.new_tokens)  # noqa: E731
 
@@ -54,99 +62,75 @@ def mixed_traffic(
 
     def static():
         each = next(turns["static"])
-        return tokens(each) / static_batches(torch, peer, each, rows)
+        return tokens(each) / static_batches(setup.torch, setup.peer, each, setup.rows)
 
     def continuous():
         each = next(turns["continuous"])
-        return tokens(each) / continuous_batches(transformers, peer, each)
+        return tokens(each) / continuous_batches(setup.transformers, setup.peer, each)
 
     rivals = {"ours": ours, "static": static}
     try:
-        continuous_batches(transformers, peer, mixed(1, VOCAB))
+        continuous_batches(setup.transformers, setup.peer, mixed(1, VOCAB))
         rivals["continuous"] = continuous
     except Exception as error:  # of a peer whose continuous batching may not run here at all
-        yield {"case": f"mixed_traffic/{name}/continuous", "skipped": f"{type(error).__name__}: {error}"}
-    speeds = interleaved(rivals, repeats)
+        yield {
+            "case": f"mixed_traffic/{setup.name}/continuous",
+            "skipped": f"{type(error).__name__}: {error}",
+        }
+    speeds = interleaved(rivals, setup.repeats)
     table = middle(times[1:])
     for other in list(rivals)[1:]:
-        yield record(f"mixed_traffic/{name}/{other}", speeds["ours"], speeds[other], **table)
+        yield record(f"mixed_traffic/{setup.name}/{other}", speeds["ours"], speeds[other], **table)
     yield {"case": "compilations after the beginning", "count": engine.programs.misses}
 
 
-def arrivals(
-    modules: Modules,
-    llm: LLM,
-    peer: Any,
-    name: str,
-    *,
-    requests: int,
-    rows: int,
-    rates: list[float],
-    **_: Any,
-) -> Iterator[dict[str, Any]]:
+def arrivals(setup: Setup) -> Iterator[dict[str, Any]]:
     """The usual figures at several rates of Poisson arrivals."""
-    engine = engine_for(llm, rows)
-    for seed, rate in enumerate(rates):
-        times = serve(engine, mixed(requests, VOCAB, seed, rate))
-        yield {"case": f"arrivals/{name}/rate{rate:g}", "rate": rate, **rounded(times.table())}
+    engine = engine_for(setup.llm, setup.rows)
+    for seed, rate in enumerate(setup.rates):
+        times = serve(engine, mixed(setup.requests, VOCAB, seed, rate))
+        yield {"case": f"arrivals/{setup.name}/rate{rate:g}", "rate": rate, **rounded(times.table())}
 
 
-def prefix(
-    modules: Modules,
-    llm: LLM,
-    peer: Any,
-    name: str,
-    *,
-    requests: int,
-    rows: int,
-    repeats: int,
-    **_: Any,
-) -> Iterator[dict[str, Any]]:
+def prefix(setup: Setup) -> Iterator[dict[str, Any]]:
     """Time to the first token of requests with 512 tokens in common: with the prefix cache, without."""
-    engines = {who: engine_for(llm, rows, prefix_cache=who == "ours") for who in ("ours", "peer")}
+    engines = {
+        who: engine_for(setup.llm, setup.rows, prefix_cache=who == "ours") for who in ("ours", "peer")
+    }
     seeds = {who: iter(range(100, 10**6)) for who in engines}
 
     def first(who):
-        each = mixed(requests, VOCAB, next(seeds[who]), prefix=512)
-        each = Traffic(each.prompts, [1] * requests, each.arrivals)
+        each = mixed(setup.requests, VOCAB, next(seeds[who]), prefix=512)
+        each = Traffic(each.prompts, [1] * setup.requests, each.arrivals)
         return statistics.mean(t[0] for t in serve(engines[who], each).tokens)
 
-    seconds = interleaved({who: lambda who=who: first(who) for who in engines}, repeats)
+    seconds = interleaved({who: lambda who=who: first(who) for who in engines}, setup.repeats)
     speeds = {who: 1 / value for who, value in seconds.items()}
-    yield record(f"prefix/{name}", speeds["ours"], speeds["peer"], "1/s to the first token")
+    yield record(f"prefix/{setup.name}", speeds["ours"], speeds["peer"], "1/s to the first token")
 
 
-def speculation(
-    modules: Modules,
-    llm: LLM,
-    peer: Any,
-    name: str,
-    *,
-    new_tokens: int,
-    repeats: int,
-    **_: Any,
-) -> Iterator[dict[str, Any]]:
+def speculation(setup: Setup) -> Iterator[dict[str, Any]]:
     """One greedy request with prompt lookup and without, on a text that repeats itself and on another.
 
     Random weights write what nobody can guess. Without their blocks' results the same model, at the same
     cost, soon writes the same tokens for ever: then every draft is right.
     """
     pattern = np.random.default_rng(0).integers(5, VOCAB, 24).tolist()
-    asked = SamplingParams(max_new_tokens=new_tokens, temperature=0, ignore_eos=True)
+    asked = SamplingParams(max_new_tokens=setup.new_tokens, temperature=0, ignore_eos=True)
     ways: dict[str, dict[str, Any]] = {"ours": {"speculation": "prompt_lookup"}, "peer": {}}
-    for text, model in {"random": llm, "repetitive": repeating(modules[0], peer)}.items():
+    for text, model in {"random": setup.llm, "repetitive": repeating(setup.torch, setup.peer)}.items():
         engines = {who: engine_for(model, 1, **changes) for who, changes in ways.items()}
 
         def speed(engine):
             start = time.perf_counter()
             engine.generate([pattern * 8], asked)
-            return new_tokens / (time.perf_counter() - start)
+            return setup.new_tokens / (time.perf_counter() - start)
 
         turns = {who: functools.partial(speed, engine) for who, engine in engines.items()}
-        speeds = interleaved(turns, repeats)
+        speeds = interleaved(turns, setup.repeats)
         steps = {who: engine.schedulers[0].statistics.steps for who, engine in engines.items()}
         per_step = {"tokens_per_step": round(steps["peer"] / steps["ours"], 2)}
-        yield record(f"speculation/{name}/{text}", speeds["ours"], speeds["peer"], **per_step)
+        yield record(f"speculation/{setup.name}/{text}", speeds["ours"], speeds["peer"], **per_step)
 
 
 def repeating(torch: ModuleType, peer: Any) -> LLM:
@@ -158,24 +142,13 @@ def repeating(torch: ModuleType, peer: Any) -> LLM:
     return same_weights(peer)
 
 
-def overhead(
-    modules: Modules,
-    llm: LLM,
-    peer: Any,
-    name: str,
-    *,
-    batches: list[int],
-    prompt_tokens: int,
-    new_tokens: int,
-    repeats: int,
-    **_: Any,
-) -> Iterator[dict[str, Any]]:
+def overhead(setup: Setup) -> Iterator[dict[str, Any]]:
     """Decoding a full batch: the engine beside the bare loop of a fixed batch."""
-    asked = SamplingParams(max_new_tokens=new_tokens, temperature=0, ignore_eos=True)
-    for batch in batches:
-        engine = engine_for(llm, batch, prefix_cache=False)
-        ids = np.random.default_rng(0).integers(5, VOCAB, (batch, prompt_tokens)).tolist()
-        everything = Traffic(ids, [new_tokens] * batch, [0.0] * batch)
+    asked = SamplingParams(max_new_tokens=setup.new_tokens, temperature=0, ignore_eos=True)
+    for batch in setup.batches:
+        engine = engine_for(setup.llm, batch, prefix_cache=False)
+        ids = np.random.default_rng(0).integers(5, VOCAB, (batch, setup.prompt_tokens)).tolist()
+        everything = Traffic(ids, [setup.new_tokens] * batch, [0.0] * batch)
 
         def ours(engine=engine, everything=everything):
             times = serve(engine, everything)
@@ -184,12 +157,12 @@ def overhead(
             return len(later) / (max(later) - began)
 
         def theirs(ids=ids):
-            llm.generate(ids, asked)
-            return llm.stats.decode_tokens_per_s
+            setup.llm.generate(ids, asked)
+            return setup.llm.stats.decode_tokens_per_s
 
-        speeds = interleaved({"ours": ours, "peer": theirs}, repeats)
+        speeds = interleaved({"ours": ours, "peer": theirs}, setup.repeats)
         share = round(engine.scheduling_s / max(engine.busy_s, 1e-9), 4)
-        case = f"overhead/{name}/batch{batch}"
+        case = f"overhead/{setup.name}/batch{batch}"
         yield record(case, speeds["ours"], speeds["peer"], scheduling_share=share)
 
 

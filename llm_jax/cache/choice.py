@@ -1,13 +1,12 @@
 """Which contiguous cache a fixed batch gets: tiles where there is a kernel, else heads-major arrays."""
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llm_jax.cache.dense import DenseCache, abstract_dense
 from llm_jax.cache.tiled import TiledCache, abstract_tiled, why_not_tiled
 from llm_jax.config import ModelConfig
 from llm_jax.kernels.choice import kernel_refusal
+from llm_jax.sharding import zeros
 
 Cache = DenseCache | TiledCache
 
@@ -36,6 +35,4 @@ def init_cache(
     per_layer: one array per layer instead of a stack, for unrolled layers (see `tree.PerLayer`).
     Raises ValueError when windowed layers differ in their window, and for `attention` that cannot be.
     """
-    abstract = abstract_cache(config, batch, size, mesh, per_layer=per_layer)
-    zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract)  # noqa: E731
-    return jax.jit(zeros, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
+    return zeros(abstract_cache(config, batch, size, mesh, per_layer=per_layer))

@@ -29,7 +29,7 @@ from llm_jax.ops.attention import (
     dot_product_attention,
     prompt_attention,
 )
-from llm_jax.sharding import COMPUTE, on_shards, shard, shardings
+from llm_jax.sharding import COMPUTE, on_shards, placed, shard
 from llm_jax.tree import PerLayer
 
 POOL = ("layers", "batch", "kv_heads", "seq", "head_dim")
@@ -180,9 +180,7 @@ def abstract_dense(
         length=jax.ShapeDtypeStruct((batch,), jnp.int32),
         windows=windows,
     )
-    where = shardings(jax.tree.map(_axes, abstract), abstract, mesh, COMPUTE)
-    place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(place, abstract, where)
+    return placed(abstract, jax.tree.map(_axes, abstract), mesh, COMPUTE)
 
 
 def rows_within(x: jax.Array, axis: int, parents: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ from llm_jax.config import ModelConfig
 from llm_jax.kernels.paged_attention.api import paged_attention
 from llm_jax.kernels.paged_attention.types import Pages, Rows, abstract_pages
 from llm_jax.ops.attention import KEY, QUERY
-from llm_jax.sharding import COMPUTE, data_shards, on_shards, shard, shardings
+from llm_jax.sharding import COMPUTE, data_shards, on_shards, placed, shard, zeros
 from llm_jax.tree import num_bytes
 
 TOKENS = ("layers", "batch", None, None, "kv_heads")  # of a pool
@@ -148,9 +148,7 @@ def abstract_paged(
 
     pools = tuple(pool(each.count(window), count) for window, count in zip(windows, pages, strict=True))
     abstract = PagedCache(pools, each)
-    where = shardings(jax.tree.map(_axes, abstract), abstract, mesh, COMPUTE)
-    place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(place, abstract, where)
+    return placed(abstract, jax.tree.map(_axes, abstract), mesh, COMPUTE)
 
 
 def init_paged(
@@ -161,9 +159,7 @@ def init_paged(
     dtype: jax.typing.DTypeLike | None = None,
 ) -> PagedCache:
     """An empty cache, born on its shards; see `abstract_paged`."""
-    abstract = abstract_paged(config, pages, page_size, mesh, dtype)
-    zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract)  # noqa: E731
-    return jax.jit(zeros, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
+    return zeros(abstract_paged(config, pages, page_size, mesh, dtype))
 
 
 def page_bytes(config: ModelConfig, page_size: int, mesh: Mesh, dtype=None) -> tuple[int, ...]:

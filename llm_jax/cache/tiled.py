@@ -29,7 +29,7 @@ from llm_jax.config import ModelConfig
 from llm_jax.kernels.paged_attention.api import contiguous_attention
 from llm_jax.kernels.paged_attention.types import Pages
 from llm_jax.ops.attention import KEY, QUERY, ROWS, prompt_attention
-from llm_jax.sharding import COMPUTE, on_shards, shard, shardings
+from llm_jax.sharding import COMPUTE, on_shards, placed, shard
 
 POOL = ("layers", "batch", None, None, None, "kv_heads")
 TILES = (128, 64, 32, 16)  # tokens of a tile; a ring has a whole number of them
@@ -140,9 +140,7 @@ def abstract_tiled(config: ModelConfig, batch: int, size: int, mesh: Mesh) -> Ti
 
     length = jax.ShapeDtypeStruct((batch,), jnp.int32)
     abstract = TiledCache(pool(len(windows) - rings, size), pool(rings, window), length, windows)
-    where = shardings(jax.tree.map(_axes, abstract), abstract, mesh, COMPUTE)
-    place = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(place, abstract, where)
+    return placed(abstract, jax.tree.map(_axes, abstract), mesh, COMPUTE)
 
 
 def _axes(x: Any) -> tuple[str | None, ...]:

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,15 +74,12 @@ class StepShape:
     def empty(self, shards: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """(`packed` of a step without rows, its parts [D, ...] by name to write into)."""
         packed = np.zeros((shards, sum(map(math.prod, self.fields.values()))), np.int32)
-        parts = self._parts(packed)
+        parts = self.parts(packed)
         parts["counts"][:] = 1
         return packed, parts
 
-    def unpack(self, packed: jax.Array) -> dict[str, jax.Array]:
-        """The parts of `packed`, in a jitted function."""
-        return self._parts(packed)
-
-    def _parts(self, packed):
+    def parts(self, packed: Any) -> dict[str, Any]:
+        """The parts of `packed` by name, of a numpy array to write into or of a traced one."""
         parts, at = {}, 0
         for name, shape in self.fields.items():
             size = math.prod(shape)
@@ -103,7 +101,7 @@ def make_paged_forward(model: Model, shape: StepShape, strict: bool = False) -> 
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def forward(params, cache, last, packed):
-        net, parts = model.bind(params), shape.unpack(packed)
+        net, parts = model.bind(params), shape.parts(packed)
         tokens = parts["tokens"]
         known = jnp.take_along_axis(last, jnp.maximum(-1 - tokens, 0), axis=1)
         tokens = jnp.where(tokens >= 0, tokens, known)

@@ -13,7 +13,7 @@ from llm_jax.config import ModelConfig
 from llm_jax.infer.steps import make_forward, make_prefill
 from llm_jax.models import describe, init_params
 from llm_jax.ops.attention import AttentionOptions, FullContext
-from llm_jax.sharding import make_mesh
+from llm_jax.sharding import make_mesh, zeros
 
 pytestmark = pytest.mark.lenient  # jax's simulator promotes
 VOCAB, B, T = 64, 4, 48
@@ -27,9 +27,7 @@ def config(windows=(), **changes):
 
 
 def empty(model, mesh, size=T):
-    abstract = abstract_tiled(model.config, B, size, mesh)
-    zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract)  # noqa: E731
-    return jax.jit(zeros, out_shardings=jax.tree.map(lambda s: s.sharding, abstract))()
+    return zeros(abstract_tiled(model.config, B, size, mesh))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from llm_jax.config import ModelConfig
 from llm_jax.infer.paged_steps import StepShape, make_paged_forward
 from llm_jax.infer.steps import make_forward
 from llm_jax.models import describe
-from llm_jax.sharding import batch_sharding, make_mesh
+from llm_jax.sharding import batch_sharding, make_mesh, placed
 from llm_jax.tpu.case import Case
 
 CONFIG = ModelConfig(
@@ -32,8 +32,7 @@ CONFIG = ModelConfig(
 def decode_step(devices, mesh: str = "tensor:8", batch: int = 32, context: int = 4096) -> Case:
     """One token for each of `batch` rows of `context` tokens; lengths are not known to the count."""
     mesh, model = make_mesh(mesh, devices), describe(CONFIG)
-    placed = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-    params = jax.tree.map(placed, model.shapes, model.shardings(mesh))
+    params = placed(model.shapes, model.axes, mesh)
     cache = abstract_cache(model.config, batch, context, mesh)
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=batch_sharding(mesh, (batch,)))
     forward = make_forward(model)
@@ -50,8 +49,7 @@ def engine_step(
 ) -> Case:
     """A step of the engine: a token for each of `rows` sequences and `chunk` tokens of a prompt."""
     mesh, model, pages = make_mesh(mesh, devices), describe(CONFIG), context // page
-    placed = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)  # noqa: E731
-    params = jax.tree.map(placed, model.shapes, model.shardings(mesh))
+    params = placed(model.shapes, model.axes, mesh)
     cache = abstract_paged(model.config, (rows * pages,), page, mesh)
     shape = StepShape(rows + chunk, rows, rows, pages, 1)
     packed = jax.ShapeDtypeStruct(
