@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm_jax.cache.paged import PagedCache, StepRows
+from llm_jax.infer.steps import score_tokens
 from llm_jax.kernels.paged_attention.reference import token_rows
 from llm_jax.kernels.paged_attention.types import Rows
 from llm_jax.models import Model
@@ -33,13 +34,10 @@ from llm_jax.ops.sampling import (
     SamplingState,
     new_rows,
     sample,
-    token_logprobs,
     write_history,
 )
 from llm_jax.ops.speculation import speculative_accept
 from llm_jax.sharding import batch_sharding, data_shards, shard
-
-SCORED = 16  # tokens that are unembedded at once to be scored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +112,11 @@ def make_paged_forward(model: Model, shape: StepShape, strict: bool = False) -> 
         chosen = jnp.take_along_axis(hidden, parts["at"][..., None], axis=1)
         unembed = functools.partial(_unembed, net, strict)
         results = unembed(chosen), cache.constrained()
-        return (*results, _scores(unembed, hidden, parts["targets"])) if shape.scored else results
+        if not shape.scored:
+            return results
+        targets = parts["targets"]
+        scores = score_tokens(unembed, hidden, targets, MAX_LOGPROBS)
+        return *results, _chosen_bits(targets, *scores)
 
     return forward
 
@@ -172,21 +174,6 @@ def _unembed(net, strict: bool, hidden: jax.Array) -> jax.Array:
     if not strict:
         return shard(net.unembed(hidden), "batch", None, None)
     return jax.lax.map(lambda x: net.unembed(x[:, None])[:, 0], hidden.swapaxes(0, 1)).swapaxes(0, 1)
-
-
-def _scores(unembed: Callable, hidden: jax.Array, targets: jax.Array) -> jax.Array:
-    """[D, T, C] of hidden [D, T, E], a few tokens' logits at a time."""
-
-    def some(chunk):
-        return _chosen_bits(chunk[1], *token_logprobs(unembed(chunk[0]), chunk[1], MAX_LOGPROBS))
-
-    split = lambda x: x.reshape(x.shape[0], -1, SCORED, *x.shape[2:]).swapaxes(0, 1)  # noqa: E731
-    count = hidden.shape[1]
-    padded = [
-        jnp.pad(x, ((0, 0), (0, -count % SCORED), *[(0, 0)] * (x.ndim - 2))) for x in (hidden, targets)
-    ]
-    bits = jax.lax.map(some, tuple(map(split, padded))).swapaxes(0, 1)
-    return bits.reshape(bits.shape[0], -1, bits.shape[-1])[:, :count]
 
 
 def _chosen_bits(tokens, logprob=None, top_ids=None, top_logprobs=None) -> jax.Array:

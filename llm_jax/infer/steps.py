@@ -25,7 +25,7 @@ from llm_jax.models import Model
 from llm_jax.ops.sampling import Sampled, SamplingFeatures, SamplingState, sample, token_logprobs
 from llm_jax.sharding import shard
 
-_SCORED = 8  # prompt places that are unembedded at once; divides every prompt bucket
+_SCORED = 8  # places that are unembedded at once; divides every prompt bucket and mixed step
 
 
 @jax.tree_util.register_dataclass
@@ -79,20 +79,21 @@ def make_scored_prefill(model: Model, alternatives: int) -> Callable:
     def prefill(params, cache, tokens, lengths):
         net, hidden, logits, cache = _prefill(model, params, cache, tokens, lengths)
 
-        def score(chunk):
-            hidden, targets = chunk  # [B, 8, D], [B, 8]: not [B, T, V] logits at once
-            return token_logprobs(shard(net.unembed(hidden), "batch", None, None), targets, alternatives)
-
-        def split(x):
-            return jnp.moveaxis(x.reshape(len(x), -1, _SCORED, *x.shape[2:]), 1, 0)
-
-        def join(x):
-            return jnp.moveaxis(x, 0, 1).reshape(*tokens.shape, *x.shape[3:])
-
-        chunks = split(hidden), split(jnp.roll(tokens, -1, axis=1))
-        return logits, cache, jax.tree.map(join, jax.lax.map(score, chunks))
+        unembed = lambda hidden: shard(net.unembed(hidden), "batch", None, None)  # noqa: E731
+        return logits, cache, score_tokens(unembed, hidden, jnp.roll(tokens, -1, axis=1), alternatives)
 
     return prefill
+
+
+def score_tokens(unembed: Callable, hidden: jax.Array, targets: jax.Array, alternatives: int) -> Any:
+    """What `token_logprobs` says of targets [B, T] after hidden [B, T, D]: [B, T] and [B, T, K] twice.
+
+    unembed: [B, 8, D] -> [B, 8, V], so that there are never [B, T, V] logits; T is a multiple of 8.
+    """
+    score = lambda piece: token_logprobs(unembed(piece[0]), piece[1], alternatives)  # noqa: E731
+    split = lambda x: jnp.moveaxis(x.reshape(len(x), -1, _SCORED, *x.shape[2:]), 1, 0)  # noqa: E731
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(*targets.shape, *x.shape[3:])  # noqa: E731
+    return jax.tree.map(join, jax.lax.map(score, (split(hidden), split(targets))))
 
 
 def _prefill(model: Model, params: Any, cache: Cache, tokens: jax.Array, lengths: jax.Array):
