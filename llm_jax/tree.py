@@ -101,9 +101,10 @@ def unstack(stacked: Any) -> Any:
     """Each array [L, ...] as `PerLayer` views of the same memory; one CPU device, read-only use.
 
     Views share the buffers of `stacked` when a layer's bytes keep XLA's alignment (64 bytes),
-    else that leaf is copied.
+    else that leaf is copied. What is `PerLayer` already stays as it is.
     """
-    return jax.tree.map(lambda x: PerLayer(tuple(_views(x))), stacked)
+    views = lambda x: x if is_per_layer(x) else PerLayer(tuple(_views(x)))  # noqa: E731
+    return jax.tree.map(views, stacked, is_leaf=is_per_layer)
 
 
 def _views(x: jax.Array) -> list[jax.Array]:

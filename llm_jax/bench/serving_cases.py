@@ -81,7 +81,7 @@ def mixed_traffic(setup: Setup) -> Iterator[dict[str, Any]]:
     table = middle(times[1:])
     for other in list(rivals)[1:]:
         yield record(f"mixed_traffic/{setup.name}/{other}", speeds["ours"], speeds[other], **table)
-    yield {"case": "compilations after the beginning", "count": engine.programs.misses}
+    yield {"case": "compilations after the beginning", "count": engine.misses}
 
 
 def arrivals(setup: Setup) -> Iterator[dict[str, Any]]:

@@ -88,5 +88,5 @@ def _record(engine: Engine, seconds: float, counts: dict[str, int]) -> dict[str,
     idle = engine.idle
     leaked = sum(t - f for x in loads for t, f in zip(x.total_pages, x.free_pages, strict=True))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    rest = {"leaked": leaked if idle else None, "compiled": engine.programs.misses, "rss_mib": memory}
+    rest = {"leaked": leaked if idle else None, "compiled": engine.misses, "rss_mib": memory}
     return {"seconds": round(seconds, 1), **counts, **rest}

@@ -5,7 +5,7 @@ import dataclasses
 from llm_jax.config.checks import choice, require
 
 CACHE_DTYPES = ("", "float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
-SPECULATION = ("off", "prompt_lookup")
+SPECULATION = ("off", "prompt_lookup", "draft_model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,8 @@ class EngineConfig:
         host_pages: of each pool, for "offload".
         aging_s: seconds of waiting that are worth one priority.
         overlap: plan a step while the one before runs.
-        speculation: "off", or "prompt_lookup": propose what followed the same words before.
+        speculation: "off"; "prompt_lookup": propose what followed the same words before; "draft_model":
+            what the smaller LLM would write that the engine is given as `drafter`.
         draft_tokens: proposed at once, at most.
         prompt_logprobs: requests may ask for them; twice as many programs are compiled.
         strict_numerics: a token at a time, by the same code: what a request gets depends in no bit on

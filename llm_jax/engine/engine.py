@@ -28,7 +28,8 @@ import numpy as np
 from llm_jax.cache.paged import free_bytes, init_paged, page_bytes, pool_windows
 from llm_jax.config import EngineConfig
 from llm_jax.engine.adapters import Adapters
-from llm_jax.engine.drafts import PromptLookup
+from llm_jax.engine.drafters import DraftModel
+from llm_jax.engine.drafts import ON_DEVICE, DraftLength, PromptLookup
 from llm_jax.engine.pages import SCRATCH, PoolSpec
 from llm_jax.engine.plan import Event, Row, SchedulerConfig, StepPlan
 from llm_jax.engine.programs import ALIGNMENT, WRITTEN, Buckets, Programs
@@ -84,7 +85,7 @@ class _Live:
     left: int  # continuations that have not ended
     mask: np.ndarray | None  # [W] uint32, the tokens that may ever come
     grammars: list[GrammarState]  # of each continuation, if they are to have a form
-    lookups: list[PromptLookup]  # likewise, if drafts are made
+    drafts: list[PromptLookup | DraftLength]  # likewise, if drafts are made
 
 
 @dataclasses.dataclass
@@ -105,8 +106,14 @@ class Engine:
     """
 
     def __init__(
-        self, llm: LLM, config: EngineConfig | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        llm: LLM,
+        config: EngineConfig | None = None,
+        *,
+        drafter: LLM | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ):
+        """drafter: the small model that `EngineConfig.speculation` names. clock: in seconds."""
         self.llm, self.config = llm, config or EngineConfig()
         model, mesh = llm.model, llm.mesh
         self.max_length = self.config.max_length or model.config.max_positions
@@ -121,6 +128,7 @@ class Engine:
         self._alignment = ALIGNMENT if kernel else 1
         windows = pool_windows(model.config)
         self.adapters = Adapters(llm, self.config)  # before pages take the rest of the memory
+        self._drafter = self._drafter_of(drafter)
         pages = self.config.pages or self._pages_that_fit(windows)
         if len(pages) != len(windows):
             raise ValueError(f"pages={pages}: expected one number for each pool of windows {windows}")
@@ -140,21 +148,29 @@ class Engine:
         self.schedulers = [self._scheduler(settings, d) for d in range(self._shards)]
         with jax.set_mesh(mesh):
             dtype = self.config.cache_dtype or None
-            self._cache = init_paged(model.config, pages, self.config.page_size, mesh, dtype)
-            self._slots = init_slots(self.config.max_rows, model.config.vocab_size, mesh)
+            self._caches = (init_paged(model.config, pages, self.config.page_size, mesh, dtype),)
+            self._drafts = self.config.draft_tokens if self.config.speculation != "off" else 0
+            on_device = self._drafts if self._drafter else 0
+            self._slots = init_slots(self.config.max_rows, model.config, mesh, on_device)
+            if self._drafter:
+                self._caches += (self._drafter.init_cache(pages),)
         per_row = -(-self.max_length // self.config.page_size)
-        self._drafts = self.config.draft_tokens if self.config.speculation != "off" else 0
         buckets = Buckets.of(self.config, per_row, len(windows), self._alignment, self._drafts)
-        states = (self._cache, self._slots, self.adapters.params)
+        states = (self._caches, self._slots, self.adapters.params)
         self.programs = Programs(llm, self.config, buckets, *states)
+        compiled = [self.programs]
+        if self._drafter:
+            compiled.append(self._drafter.prepare(buckets, self._caches[1], self._slots))
         self._host: dict[tuple[int, int, int], list[np.ndarray]] = {}  # by shard, pool, host page
         if self.config.compile_ahead:
-            self.programs.compile_all()
+            for programs in compiled:
+                programs.compile_all()
         self._live: dict[str, _Live] = {}
         self._flights: collections.deque[_Flight] = collections.deque()
         self._numbers, self._lock = itertools.count(), threading.RLock()
         self._driver: asyncio.Task | None = None
         self.busy_s = self.scheduling_s = 0.0  # seconds in steps, and of these in the schedulers
+        self.drafted_tokens = self.accepted_tokens = 0
 
     # Requests.
 
@@ -218,7 +234,7 @@ class Engine:
                 params.n,
                 pack_mask(params, self.llm.model.config.vocab_size) if params.masked else None,
                 [grammar.start() for _ in replies if grammar],
-                [PromptLookup(self._drafts) for _ in replies if self._drafts],
+                [self._draft_of(params) for _ in replies if self._drafts],
             )
         return name
 
@@ -254,6 +270,11 @@ class Engine:
     def idle(self) -> bool:
         """Whether there is nothing to do, nor to report."""
         return not (self._live or self._flights)
+
+    @property
+    def misses(self) -> int:
+        """Programs that had to be compiled after the beginning; 0 with `compile_ahead`."""
+        return self.programs.misses + (self._drafter.programs.misses if self._drafter else 0)
 
     # Steps.
 
@@ -389,19 +410,24 @@ class Engine:
             if plan is not None:
                 tiers = self._pack(plan, d, parts, of)
                 tier = max([tier, *tiers], key=TIERS.index)
-        forward = self.programs.forward(shape)
-        results = forward(self.adapters.params, self._cache, self._slots.last, packed)
-        logits, self._cache, *scores = results
-        chosen = self._choose(rows, tier, logits, of)
-        for array in (chosen, *scores):
+        if self._drafter:
+            drafted = self._drafter.draft(plans, self._slots, self._caches[1], self._pack)
+            self._slots, self._caches = drafted[0], (self._caches[0], drafted[1])
+        forward, (cache, *others) = self.programs.forward(shape), self._caches
+        results = forward(self.adapters.params, cache, self._slots.newest, packed)
+        logits, cache, hidden, scores = results
+        self._caches = (cache, *others)
+        chosen = self._choose(rows, tier, logits, hidden, of)
+        for array in jax.tree.leaves((chosen, scores)):
             array.copy_to_host_async()
-        self._flights.append(_Flight(plans, parts["starts"], chosen, scores[0] if scores else None))
+        self._flights.append(_Flight(plans, parts["starts"], chosen, scores))
         return True
 
     def _choose(
-        self, rows: list[list[Row]], tier: SamplingFeatures, logits, of: np.ndarray
+        self, rows: list[list[Row]], tier: SamplingFeatures, logits, hidden, of: np.ndarray
     ) -> jax.Array:
         """The step's tokens, [D, S, C], or [D, R, P, C] where it may hold drafts."""
+        given = () if hidden is None else (hidden,)
         places = of.shape[2] - 2
         if places > 1:
             words = -(-self.llm.model.config.vocab_size // 32)
@@ -415,7 +441,7 @@ class Engine:
                     live.grammars[row.sequence.sample].fill_draft(allowed, draft)
                     masks[d, i] &= allowed
             verify = self.programs.verify(of.shape[1], tier)
-            chosen, self._slots = verify(logits, self._slots, of, masks)
+            chosen, self._slots = verify(logits, self._slots, of, masks, *given)
             return chosen
         forms = [each for each in self._masked(rows) if each[2].grammars]
         for first in range(0, len(forms), WRITTEN):
@@ -427,7 +453,7 @@ class Engine:
                 shards[n], at[n] = d, row.sequence.slot
             self._slots = self.programs.write_masks(self._slots, shards, at, masks)
         choose = self.programs.choose(of.shape[1], tier)
-        chosen, self._slots = choose(logits, self._slots, of[:, :, :2].swapaxes(1, 2).copy())
+        chosen, self._slots = choose(logits, self._slots, of[:, :, :2].swapaxes(1, 2).copy(), *given)
         return chosen
 
     def _masked(self, rows: list[list[Row]]) -> Iterator[tuple[int, int, _Live, Row]]:
@@ -447,13 +473,18 @@ class Engine:
             left = sequence.request.max_new_tokens - len(sequence.generated) - 1
             ready = sequence.pending == 0 and sequence.computed == sequence.length - 1 and left > 0
             if ready:
-                lookup = live.lookups[sequence.sample]
-                draft = lookup.propose(sequence.tokens, min(left, self._drafts))
+                draft = live.drafts[sequence.sample].propose(sequence.tokens, min(left, self._drafts))
                 if draft and live.grammars:
                     words = -(-self.llm.model.config.vocab_size // 32)
                     scratch = np.zeros((len(draft) + 1, words), np.uint32)
                     draft = draft[: live.grammars[sequence.sample].fill_draft(scratch, draft)]
                 sequence.draft = draft
+
+    def _draft_of(self, params: SamplingParams) -> PromptLookup | DraftLength:
+        """What drafts for one continuation: of texts of a form the host must know it."""
+        if self._drafter is None or params.structured is not None:
+            return PromptLookup(self._drafts)
+        return DraftLength(self._drafts, self._drafter.cost)
 
     def _is_scored(self, row: Row) -> bool:
         """Whether log probabilities of the row's tokens are wanted."""
@@ -473,8 +504,11 @@ class Engine:
                 at = self._up(at)
             end, drafted = at + row.count, row.drafted
             known = sequence.tokens[row.start : row.start + row.count] + sequence.draft[:drafted]
-            parts["tokens"][d, at:end] = -1 - sequence.slot
+            first = -1 - sequence.slot * self._slots.newest.shape[-1]
+            parts["tokens"][d, at:end] = first
             parts["tokens"][d, at : at + len(known)] = known
+            if drafted and known[-1] == ON_DEVICE:
+                parts["tokens"][d, end - drafted : end] = first - 1 - np.arange(drafted)
             parts["starts"][d, i], parts["counts"][d, i] = at, row.count
             parts["lengths"][d, i] = row.start + row.count
             place = np.minimum(np.arange(places), drafted) + end - 1 - drafted
@@ -501,19 +535,19 @@ class Engine:
 
     def _move_pages(self, plans: list[StepPlan | None]) -> None:
         """Copies between pages, to the host and back, as the plans want them before their rows."""
-        for pool in range(len(self._cache.pools)):
+        for pool in range(len(self._caches[0].pools)):
             of_pool = lambda name, pool=pool: [  # noqa: E731
                 [pair for p, *pair in getattr(plan, name) if p == pool] if plan else [] for plan in plans
             ]
             for pairs in _batches(of_pool("offloads")):
-                content = self.programs.take_pages(pool)(self._cache, pairs[..., 0])
+                content = self.programs.take_pages(pool)(self._caches, pairs[..., 0].copy())
                 self._keep(pool, pairs[..., 1], jax.tree.map(np.asarray, content))
             for pairs in _batches(of_pool("copies"), SCRATCH):
                 copy = self.programs.copy_pages(pool)
-                self._cache = copy(self._cache, pairs[..., 0].copy(), pairs[..., 1].copy())
+                self._caches = copy(self._caches, pairs[..., 0].copy(), pairs[..., 1].copy())
             for pairs in _batches(of_pool("restores")):
                 content = self._kept(pool, pairs[..., 1])
-                self._cache = self.programs.put_pages(pool)(self._cache, pairs[..., 0].copy(), content)
+                self._caches = self.programs.put_pages(pool)(self._caches, pairs[..., 0].copy(), content)
 
     def _keep(self, pool: int, hosts: np.ndarray, content: Any) -> None:
         """Pages of a pool, [L, D n, ...], in host memory as `hosts` [D, n]; -1 is none."""
@@ -528,7 +562,8 @@ class Engine:
         none = next(self._host[place] for place in places if place in self._host)
         pages = [self._host.get(place, none) for place in places]
         arrays = [np.stack(parts, axis=1) for parts in zip(*pages, strict=True)]
-        return jax.tree.unflatten(jax.tree.structure(self._cache.pools[pool]), arrays)
+        pools = tuple(cache.pools[pool] for cache in self._caches)
+        return jax.tree.unflatten(jax.tree.structure(pools), arrays)
 
     def _upload(self, fresh: list[tuple[int, Row]]) -> None:
         """Tell the device how new sequences sample."""
@@ -600,7 +635,10 @@ class Engine:
             if live.grammars:
                 live.grammars[sample].accept(token)
         if row.drafted:
-            live.lookups[sample].learn(row.drafted, int((found[0] >= 0).sum()) - 1)
+            accepted = int((found[0] >= 0).sum()) - 1
+            live.drafts[sample].learn(row.drafted, accepted)
+            self.drafted_tokens += row.drafted
+            self.accepted_tokens += accepted
         return tokens, text, reply.stopped
 
     def _score(self, row: Row, scores: list[np.ndarray]) -> None:
@@ -651,6 +689,16 @@ class Engine:
         may_begin = self.adapters.places.may_begin if self.config.adapters else None
         return Scheduler(settings, self._clock, may_begin)
 
+    def _drafter_of(self, drafter: LLM | None) -> DraftModel | None:
+        """What drafts on the device. ValueError where there is none, or one too many."""
+        wanted = self.config.speculation == "draft_model"
+        if wanted != (drafter is not None):
+            raise ValueError(
+                f"speculation={self.config.speculation!r} with drafter={drafter}: 'draft_model' takes "
+                "an LLM as Engine(..., drafter=...), nothing else does"
+            )
+        return None if drafter is None else DraftModel(drafter, self.llm, self.config, self.max_length)
+
     def _check(self, params: SamplingParams, stop_ids: tuple[int, ...]) -> None:
         """Refuse by name what the steps cannot do."""
         if params.best_of is not None:
@@ -688,6 +736,8 @@ class Engine:
             useful.append(config.max_rows * (-(-tokens // size) + 1) * (2 if config.prefix_cache else 1))
         mesh = self.llm.mesh
         each = page_bytes(self.llm.model.config, size, mesh, config.cache_dtype or None)
+        if self._drafter:
+            each = tuple(map(sum, zip(each, self._drafter.page_bytes(), strict=True)))
         free = min(free_bytes(device) for device in mesh.local_devices)
         wanted = sum(n * b for n, b in zip(useful, each, strict=True))
         fits = min(1.0, free * config.memory_share / wanted)

@@ -17,11 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax.cache.paged import copy_pages, put_pages, take_pages
+from llm_jax.cache.paged import PagedCache, copy_pages, put_pages, take_pages
 from llm_jax.config import EngineConfig
 from llm_jax.infer.generate import Timing
 from llm_jax.infer.llm import LLM
 from llm_jax.infer.paged_steps import (
+    Slots,
     StepShape,
     make_paged_forward,
     make_paged_sample,
@@ -51,9 +52,18 @@ class Buckets:
     alignment: int  # of rows with several tokens
     drafts: int = 0  # K, tokens that a row may have drafted
     adapters: bool = False  # whether each row may have one
+    hidden: bool = False  # whether a head drafts from hidden states
 
     @classmethod
-    def of(cls, config: EngineConfig, pages: int, pools: int, alignment: int, drafts: int) -> "Buckets":
+    def of(
+        cls,
+        config: EngineConfig,
+        pages: int,
+        pools: int,
+        alignment: int,
+        drafts: int = 0,
+        hidden: bool = False,
+    ) -> "Buckets":
         """Powers of two for rows, of four for what chunks bring: at most so much is padding."""
         # XLA takes loops of one turn apart, and what it then fuses rounds otherwise.
         max_rows = max(config.max_rows, 2 if config.strict_numerics else 1)
@@ -66,7 +76,12 @@ class Buckets:
         mixed = {max_rows} | {n for n in (4, 16, 64) if n < max_rows}
         mixed = rows if drafts else tuple(sorted(mixed))
         sizes = (rows, mixed, tuple(sorted(chunks)), pages, pools, alignment, drafts)
-        return cls(*sizes, config.adapters > 0)
+        return cls(*sizes, config.adapters > 0, hidden)
+
+    @property
+    def of_drafter(self) -> "Buckets":
+        """For a small model that drafts: it reads single tokens where the large one reads drafts."""
+        return dataclasses.replace(self, drafts=0, adapters=False, hidden=False)
 
     def room(self, rows: int) -> tuple[int, ...]:
         """Tokens of chunks for which there are programs of so many rows."""
@@ -77,11 +92,12 @@ class Buckets:
         """The least that has room for so many rows, and so many tokens of chunks, each rounded up."""
         if not chunk_tokens:
             count = next(n for n in self.rows if n >= rows)
-            return StepShape(count, count, count, self.pages, self.pools, False, self.adapters)
+            kind = (False, self.adapters, self.hidden)
+            return StepShape(count, count, count, self.pages, self.pools, *kind)
         count = next(n for n in self.mixed if n >= rows)
         room = next(n for n in self.room(count) if n >= chunk_tokens)
         tokens = _up(count, self.alignment) + room
-        samples, kind = count * (self.drafts + 1), (scored, self.adapters)
+        samples, kind = count * (self.drafts + 1), (scored, self.adapters, self.hidden)
         return StepShape(_up(tokens, ALIGNMENT), count, samples, self.pages, self.pools, *kind)
 
     def shapes(self, scored: bool) -> Iterator[StepShape]:
@@ -99,24 +115,70 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-class Programs:
-    """Compiled steps by shape. Like the functions of `paged_steps`, to be called with a mesh set."""
+class Compiled:
+    """Programs by key, compiled ahead or as they are needed. To be called with the mesh set."""
+
+    def __init__(self, llm: LLM, buckets: Buckets):
+        self.buckets, self.mesh, self.misses, self.compile_s = buckets, llm.mesh, 0, 0.0
+        self._programs = llm.compiled  # so that another engine of this LLM finds them
+        self._compiled: dict[Any, Callable] = {}
+        self._ahead = False
+
+    def compile_all(self) -> None:
+        """Compile everything, on all cores."""
+        start, work = time.perf_counter(), self._work()
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(self._compile, work))
+        self.compile_s, self._ahead = time.perf_counter() - start, True
+        logger.info("%d programs compiled in %.1f s", len(work), self.compile_s)
+
+    def _work(self) -> list[Any]:
+        """Keys of all programs."""
+        raise NotImplementedError
+
+    def _build(self, key: Any) -> tuple[Any, tuple]:
+        """(the jitted function of a key, arguments like those that it will have)."""
+        raise NotImplementedError
+
+    def _get(self, key: Any) -> Callable:
+        if key not in self._compiled:
+            self.misses += self._ahead
+            start = time.perf_counter()
+            self._compile(key)
+            self.compile_s += time.perf_counter() - start
+        return self._compiled[key]
+
+    def _compile(self, key: Any) -> None:
+        with jax.set_mesh(self.mesh):
+            fn, args = self._build(key)
+            self._compiled[key] = self._programs.get(fn, Timing(), *args)
+
+    def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(self.mesh, shape))
+
+    def _of_rows(self, *sizes: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
+        """An array of so many for each data shard."""
+        return self._array((data_shards(self.mesh), *sizes), dtype)
+
+    def _packed(self, shape: StepShape) -> jax.ShapeDtypeStruct:
+        return self._array(shape.empty(data_shards(self.mesh))[0].shape, np.int32)
+
+
+class Programs(Compiled):
+    """The steps of the model, and what writes to slots and pages. See the functions of `paged_steps`."""
 
     def __init__(
         self,
         llm: LLM,
         config: EngineConfig,
         buckets: Buckets,
-        cache: Any,
-        slots: Any,
+        caches: tuple[PagedCache, ...],  # the model's, and that of a model that drafts
+        slots: Slots,
         params: Any = None,  # where they are not the LLM's: with an `AdapterBank` in them
     ):
-        self.buckets, self.mesh, self.misses, self.compile_s = buckets, llm.mesh, 0, 0.0
+        super().__init__(llm, buckets)
         self._model, self._config = llm.model, config
-        self._like = jax.tree.map(_abstract, (params or llm.params, cache, slots))
-        self._programs = llm.compiled  # so that another engine of this LLM finds them
-        self._compiled: dict[Any, Callable] = {}
-        self._ahead = False
+        self._like = abstract((params or llm.params, caches, slots))
 
     def forward(self, shape: StepShape) -> Callable:
         """See `make_paged_forward`."""
@@ -146,25 +208,23 @@ class Programs:
         return self._get(("write_history",))
 
     def copy_pages(self, pool: int) -> Callable:
-        """f(cache, sources [D, n], targets [D, n]) -> cache; of `WRITTEN` pages."""
+        """f(caches, sources [D, n], targets [D, n]) -> caches; of `WRITTEN` pages."""
         return self._get(("copy_pages", pool))
 
     def take_pages(self, pool: int) -> Callable:
-        """f(cache, pages [D, n]) -> their content; of `WRITTEN` pages."""
+        """f(caches, pages [D, n]) -> their content; of `WRITTEN` pages."""
         return self._get(("take_pages", pool))
 
     def put_pages(self, pool: int) -> Callable:
-        """f(cache, pages [D, n], content) -> cache; of `WRITTEN` pages."""
+        """f(caches, pages [D, n], content) -> caches; of `WRITTEN` pages."""
         return self._get(("put_pages", pool))
 
     @property
     def longest(self) -> int:
         """Tokens that `write_history` takes."""
-        return self.buckets.pages * self._page_size
+        return self.buckets.pages * self._like[1][0].page_size
 
-    def compile_all(self) -> None:
-        """Compile everything, on all cores."""
-        start = time.perf_counter()
+    def _work(self) -> list[Any]:
         shapes = list(self.buckets.shapes(self._config.prompt_logprobs))
         work: list[Any] = [("forward", shape) for shape in shapes]
         if self.buckets.drafts:
@@ -175,92 +235,88 @@ class Programs:
         of_pages = (
             ("copy_pages", "take_pages", "put_pages") if self._config.host_pages else ("copy_pages",)
         )
-        work += [(name, pool) for name in of_pages for pool in range(self.buckets.pools)]
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(self._compile, work))
-        self.compile_s, self._ahead = time.perf_counter() - start, True
-        logger.info("%d programs compiled in %.1f s", len(work), self.compile_s)
+        return work + [(name, pool) for name in of_pages for pool in range(self.buckets.pools)]
 
-    def _get(self, key: Any) -> Callable:
-        if key not in self._compiled:
-            self.misses += self._ahead
-            start = time.perf_counter()
-            self._compile(key)
-            self.compile_s += time.perf_counter() - start
-        return self._compiled[key]
+    def _build(self, key: Any) -> tuple[Any, tuple]:
+        params, caches, slots = self._like
+        strict, vocab = self._config.strict_numerics, self._model.config.vocab_size
+        words = -(-vocab // 32)
+        match key:
+            case ("forward", shape):
+                fn = make_paged_forward(self._model, shape, strict)
+                return fn, (params, caches[0], slots.newest, self._packed(shape))
+            case ("choose", samples, features):
+                logits, of = self._of_rows(samples, vocab, dtype=np.float32), self._of_rows(2, samples)
+                return make_paged_sample(features, strict), (logits, slots, of, *self._hidden(samples))
+            case ("verify", rows, features):
+                places = self.buckets.drafts + 1
+                logits = self._of_rows(rows * places, vocab, dtype=np.float32)
+                masks = self._of_rows(rows, places, words, dtype=np.uint32)
+                args = (logits, slots, self._of_rows(rows, 2 + places), masks)
+                return make_paged_verify(features, strict), (*args, *self._hidden(rows * places))
+            case ("write_slots",):
+                rows = abstract_numpy(new_rows(WRITTEN, vocab, TIERS[-1], history=False))
+                return make_write_slots(), (slots, *_numbers((WRITTEN,), 2), rows)
+            case ("write_masks",):
+                masks = jax.ShapeDtypeStruct((WRITTEN, words), np.uint32)
+                return make_write_masks(), (slots, *_numbers((WRITTEN,), 2), masks)
+            case ("copy_pages" | "take_pages" | "put_pages" as name, pool):
+                return self._on_pages(name, pool, caches)
+            case _:
+                numbers = _numbers((), 3)
+                tokens = _numbers((self.longest,), 1)
+                return make_write_history(), (slots, *numbers[:2], *tokens, numbers[2])
 
-    def _compile(self, key: Any) -> None:
-        params, cache, slots = self._like
-        with jax.set_mesh(self.mesh):
-            match key:
-                case ("forward", shape):
-                    packed = self._packed(shape)
-                    fn = make_paged_forward(self._model, shape, self._config.strict_numerics)
-                    args = (params, cache, slots.last, packed)
-                case ("choose", samples, features):
-                    shards = data_shards(self.mesh)
-                    logits = self._array((shards, samples, self._vocab), np.float32)
-                    args = (logits, slots, self._array((shards, 2, samples), np.int32))
-                    fn = make_paged_sample(features, self._config.strict_numerics)
-                case ("verify", rows, features):
-                    places = self.buckets.drafts + 1
-                    shards, words = data_shards(self.mesh), -(-self._vocab // 32)
-                    logits = self._array((shards, rows * places, self._vocab), np.float32)
-                    of = self._array((shards, rows, 2 + places), np.int32)
-                    masks = self._array((shards, rows, places, words), np.uint32)
-                    fn = make_paged_verify(features, self._config.strict_numerics)
-                    args = (logits, slots, of, masks)
-                case ("write_slots",):
-                    rows = new_rows(WRITTEN, self._vocab, TIERS[-1], history=False)
-                    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), rows)
-                    fn, args = make_write_slots(), (slots, *self._numbers((WRITTEN,), 2), rows)
-                case ("write_masks",):
-                    masks = jax.ShapeDtypeStruct((WRITTEN, -(-self._vocab // 32)), np.uint32)
-                    fn, args = make_write_masks(), (slots, *self._numbers((WRITTEN,), 2), masks)
-                case ("copy_pages" | "take_pages" | "put_pages" as name, pool):
-                    fn, args = self._on_pages(name, pool, cache)
-                case _:
-                    tokens = self._numbers((self.longest,), 1)
-                    numbers = self._numbers((), 3)
-                    fn, args = make_write_history(), (slots, *numbers[:2], *tokens, numbers[2])
-            self._compiled[key] = self._programs.get(fn, Timing(), *args)
+    def _hidden(self, samples: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Hidden states, where a head drafts from them."""
+        states = self._like[2].hidden
+        if states is None:
+            return ()
+        return (self._of_rows(samples, states.shape[-1], dtype=states.dtype),)
 
-    def _on_pages(self, name: str, pool: int, cache: Any) -> tuple[Any, tuple]:
-        """(the jitted function, arguments like those that it will have)."""
-        numbers = self._array((data_shards(self.mesh), WRITTEN), np.int32)
+    def _on_pages(self, name: str, pool: int, caches: tuple[PagedCache, ...]) -> tuple[Any, tuple]:
+        pages = self._of_rows(WRITTEN)
         fn = _make_on_pages(name, pool)
         if name == "take_pages":
-            return fn, (cache, numbers)
+            return fn, (caches, pages)
         if name == "copy_pages":
-            return fn, (cache, numbers, numbers)
-        content = jax.eval_shape(lambda *args: take_pages(args[0], pool, args[1]), cache, numbers)
-        content = jax.tree.map(lambda x, y: x.update(sharding=y.sharding), content, cache.pools[pool])
-        return fn, (cache, numbers, content)
+            return fn, (caches, pages, pages)
+        content = jax.eval_shape(_make_on_pages("take_pages", pool), caches, pages)
+        pools = tuple(cache.pools[pool] for cache in caches)
+        return fn, (
+            caches,
+            pages,
+            jax.tree.map(lambda x, y: x.update(sharding=y.sharding), content, pools),
+        )
 
-    @property
-    def _vocab(self) -> int:
-        return self._model.config.vocab_size
 
-    @functools.cached_property
-    def _page_size(self) -> int:
-        return self._like[1].page_size
-
-    def _packed(self, shape: StepShape) -> jax.ShapeDtypeStruct:
-        return self._array(shape.empty(data_shards(self.mesh))[0].shape, np.int32)
-
-    def _array(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(self.mesh, shape))
-
-    def _numbers(self, shape: tuple[int, ...], count: int) -> list[jax.ShapeDtypeStruct]:
-        return [jax.ShapeDtypeStruct(shape, np.int32)] * count
+def _numbers(shape: tuple[int, ...], count: int) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(shape, np.int32)] * count
 
 
 @functools.lru_cache(maxsize=16)
 def _make_on_pages(name: str, pool: int) -> Callable:
-    run = {"copy_pages": copy_pages, "take_pages": take_pages, "put_pages": put_pages}[name]
-    fn = lambda cache, *args: run(cache, pool, *args)  # noqa: E731
-    return jax.jit(fn, donate_argnums=() if name == "take_pages" else (0,))
+    """What `copy_pages` and so on do with one cache, for a tuple of caches."""
+
+    def copy(caches, sources, targets):
+        return tuple(copy_pages(cache, pool, sources, targets) for cache in caches)
+
+    def take(caches, pages):
+        return tuple(take_pages(cache, pool, pages) for cache in caches)
+
+    def put(caches, pages, contents):
+        each = zip(caches, contents, strict=True)
+        return tuple(put_pages(cache, pool, pages, content) for cache, content in each)
+
+    run = {"copy_pages": copy, "take_pages": take, "put_pages": put}[name]
+    return jax.jit(run, donate_argnums=() if name == "take_pages" else (0,))
 
 
-def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+def abstract(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def abstract_numpy(tree: Any) -> Any:
+    """Shapes and dtypes of arrays of the host."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

@@ -2,7 +2,7 @@
 
 Letters: D data shards, T tokens of a step, R rows, M pages of a row, S tokens that get logits, V vocab.
 
-    logits, cache = forward(params, cache, slots.last, packed)
+    logits, cache = forward(params, cache, slots.newest, packed)
     chosen, slots = choose(logits, slots, of)
 
 A `StepShape` is all that a program is compiled for, so an engine has few. What the host says of a step
@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm_jax.cache.paged import PagedCache, StepRows
+from llm_jax.config import ModelConfig
 from llm_jax.infer.steps import score_tokens
 from llm_jax.kernels.paged_attention.reference import token_rows
 from llm_jax.kernels.paged_attention.types import Rows
@@ -51,13 +52,14 @@ class StepShape:
     pools: int
     scored: bool = False  # whether it says of each token how likely it was
     adapters: bool = False  # whether each row may have one
+    hidden: bool = False  # whether what the logits come from is wanted, by a head that drafts
 
     @property
     def fields(self) -> dict[str, tuple[int, ...]]:
         """Shape of each part of `packed`, for one shard."""
         rows, table = (self.rows,), (self.rows, self.pages)
         return {
-            "tokens": (self.tokens,),  # ids; -1 - s: the last one that slot s was given
+            "tokens": (self.tokens,),  # ids; -1 - i: what is at place i of `Slots.newest`
             "starts": rows,
             "counts": rows,
             "lengths": rows,
@@ -88,20 +90,22 @@ class StepShape:
 
 @functools.lru_cache(maxsize=256)
 def make_paged_forward(model: Model, shape: StepShape, strict: bool = False) -> Callable:
-    """f(params, cache, last [D, slots] int32, packed [D, X] int32) -> (logits [D, S, V], cache), and of
-    a `scored` shape what `token_logprobs` says of the targets, as [D, T, C] like `make_paged_sample`.
+    """f(params, cache, newest [D, slots, P], packed [D, X] int32) -> (logits [D, S, V], cache, hidden,
+    scores): of a shape with `hidden` [D, S, E], of a `scored` one what `token_logprobs` says of the
+    targets, as [D, T, C] like `make_paged_sample`; else None.
 
-    cache: a `PagedCache`, donated. last: the newest token of each slot, which the host may not know yet.
+    cache: a `PagedCache`, donated. newest: see `Slots`; the host may not know them yet.
     strict: one token after the other, each by the same code, so that no bit of a result depends on what
     else is in the step or on how a text was cut into steps. Of a shape with `adapters` params hold an
     `AdapterBank`.
     """
 
     @functools.partial(jax.jit, donate_argnames="cache")
-    def forward(params, cache, last, packed):
+    def forward(params, cache, newest, packed):
         net, parts = model.bind(params), shape.parts(packed)
         tokens = parts["tokens"]
-        known = jnp.take_along_axis(last, jnp.maximum(-1 - tokens, 0), axis=1)
+        known = newest.reshape(len(newest), -1)
+        known = jnp.take_along_axis(known, jnp.maximum(-1 - tokens, 0), axis=1)
         tokens = jnp.where(tokens >= 0, tokens, known)
         tables = tuple(parts[f"table{i}"] for i in range(shape.pools))
         rows = StepRows(tables, *(parts[name] for name in _OF_ROWS))
@@ -111,9 +115,9 @@ def make_paged_forward(model: Model, shape: StepShape, strict: bool = False) -> 
         hidden, cache = run(bind, cache, tokens, rows, adapters)
         chosen = jnp.take_along_axis(hidden, parts["at"][..., None], axis=1)
         unembed = functools.partial(_unembed, net, strict)
-        results = unembed(chosen), cache.constrained()
+        results = unembed(chosen), cache.constrained(), chosen if shape.hidden else None
         if not shape.scored:
-            return results
+            return *results, None
         targets = parts["targets"]
         scores = score_tokens(unembed, hidden, targets, MAX_LOGPROBS)
         return *results, _chosen_bits(targets, *scores)
@@ -190,22 +194,30 @@ def _chosen_bits(tokens, logprob=None, top_ids=None, top_logprobs=None) -> jax.A
 class Slots:
     """What the device knows of each running sequence besides its pages; a slot is one's place."""
 
-    last: jax.Array  # [D, slots] int32, its newest token
+    newest: jax.Array  # [D, slots, P] int32: its newest token, and what the device drafts after it
     sampling: SamplingState  # [D, slots, ...]; `step` is not used, a step brings its own
+    hidden: jax.Array | None = None  # [D, slots, E], what the newest token was chosen from; for heads
 
 
-def init_slots(slots: int, vocab_size: int, mesh: Mesh) -> Slots:
-    """Slots that hold no sequence, on the devices. Everything that sampling can need has its place."""
+def init_slots(
+    slots: int, config: ModelConfig, mesh: Mesh, drafts: int = 0, hidden: bool = False
+) -> Slots:
+    """Slots that hold no sequence, on the devices. Everything that sampling can need has its place.
+
+    drafts: tokens that the device may draft for a sequence, P - 1. hidden: whether a head drafts them.
+    """
     shards = data_shards(mesh)
-    rows = new_rows(slots, vocab_size, EVERYTHING)
+    rows = new_rows(slots, config.vocab_size, EVERYTHING)
     rows = jax.tree.map(lambda x: np.broadcast_to(x[None], (shards, *x.shape)), rows)
-    empty = Slots(np.zeros((shards, slots), np.int32), rows)
+    states = np.zeros((shards, slots, config.embed_dim), config.compute_dtype) if hidden else None
+    empty = Slots(np.zeros((shards, slots, 1 + drafts), np.int32), rows, states)
     return jax.tree.map(lambda x: jax.device_put(x, batch_sharding(mesh, x.shape)), empty)
 
 
 @functools.lru_cache(maxsize=256)
 def make_paged_sample(features: SamplingFeatures, strict: bool = False) -> Callable:
-    """f(logits [D, S, V], slots, of [D, 2, S] int32) -> (chosen [D, S, C] int32, slots).
+    """f(logits [D, S, V], slots, of [D, 2, S] int32, hidden [D, S, E] or None) -> (chosen [D, S, C]
+    int32, slots).
 
     of: the slot that each token is for, one past the last is none, and how many its sequence made
     before. chosen: a token and, with log probabilities, the bits of its float32 one, the ids of the K
@@ -215,45 +227,53 @@ def make_paged_sample(features: SamplingFeatures, strict: bool = False) -> Calla
     run = _row_by_row if strict else sample
 
     @functools.partial(jax.jit, donate_argnames="slots")
-    def choose(logits, slots, of):
+    def choose(logits, slots, of, hidden=None):
         def rows(logits, slots, at, steps):
-            state = dataclasses.replace(_rows_of(slots, at), step=steps)
+            state = dataclasses.replace(rows_of(slots, at), step=steps)
             return run(logits, state, features)
 
         at = of[:, 0]
         sampled, after = jax.vmap(rows)(logits, slots, at, of[:, 1])
-        slots = jax.vmap(functools.partial(_kept, features))(slots, at, sampled.tokens, after)
+        slots = jax.vmap(functools.partial(_kept, features))(slots, at, sampled.tokens, after, hidden)
         found = (sampled.logprob, sampled.top_ids, sampled.top_logprobs)
-        return _chosen_bits(sampled.tokens, *(x for x in found if x is not None)), _pinned(slots)
+        return _chosen_bits(sampled.tokens, *(x for x in found if x is not None)), pinned(slots)
 
     return choose
 
 
 @functools.lru_cache(maxsize=256)
 def make_paged_verify(features: SamplingFeatures, strict: bool = False) -> Callable:
-    """f(logits [D, R P, V], slots, of [D, R, 3 + K] int32, masks [D, R, P, W] uint32) -> (chosen
-    [D, R, P, C], slots): which tokens of a draft stay, and one more; then tokens are -1.
+    """f(logits [D, R P, V], slots, of [D, R, 3 + K] int32, masks [D, R, P, W] uint32, hidden [D, R P, E]
+    or None) -> (chosen [D, R, P, C], slots): which tokens of a draft stay, and one more; then -1.
 
-    of: a row's slot, how many tokens its sequence made before, how many are drafted, and those. masks:
-    which tokens may be at each place. P = K + 1. strict: a row at a time.
+    of: a row's slot, how many tokens its sequence made before, how many are drafted, and those; -1 where
+    the device drafted them itself. masks: which tokens may be at each place. P = K + 1. strict: a row at
+    a time.
     """
 
     run = _row_by_row if strict else sample
 
     @functools.partial(jax.jit, donate_argnames="slots")
-    def verify(logits, slots, of, masks):
+    def verify(logits, slots, of, masks, hidden=None):
         def rows(logits, slots, of, masks):
             logits = logits.reshape(of.shape[0], -1, logits.shape[-1])
-            state = dataclasses.replace(_rows_of(slots, of[:, 0]), step=of[:, 1])
+            state = dataclasses.replace(rows_of(slots, of[:, 0]), step=of[:, 1])
             given = {"masks": masks if features.mask else None, "choose": run}
-            return speculative_accept(of[:, 3:], of[:, 2], None, logits, state, features, **given)[1:]
+            drafts = of[:, 3:]
+            if slots.newest.shape[-1] > 1:
+                own = jnp.take(slots.newest[:, 1:], of[:, 0], axis=0, mode="clip")
+                drafts = jnp.where(drafts < 0, own, drafts)
+            return speculative_accept(drafts, of[:, 2], logits, state, features, **given)[1:]
 
         sampled, after = jax.vmap(rows)(logits, slots, of, masks)
         kept = jnp.sum(sampled.tokens >= 0, axis=-1, keepdims=True) - 1
         newest = jnp.take_along_axis(sampled.tokens, kept, axis=-1)[..., 0]
-        slots = jax.vmap(functools.partial(_kept, features))(slots, of[..., 0], newest, after)
+        if hidden is not None:
+            hidden = hidden.reshape(*of.shape[:2], -1, hidden.shape[-1])
+            hidden = jnp.take_along_axis(hidden, kept[..., None], axis=2)[:, :, 0]
+        slots = jax.vmap(functools.partial(_kept, features))(slots, of[..., 0], newest, after, hidden)
         found = (sampled.logprob, sampled.top_ids, sampled.top_logprobs)
-        return _chosen_bits(sampled.tokens, *(x for x in found if x is not None)), _pinned(slots)
+        return _chosen_bits(sampled.tokens, *(x for x in found if x is not None)), pinned(slots)
 
     return verify
 
@@ -264,18 +284,21 @@ def _row_by_row(logits: jax.Array, state: SamplingState, features: SamplingFeatu
     return jax.tree.map(lambda x: x[:, 0], jax.lax.map(one, (logits, state)))
 
 
-def _rows_of(slots: Slots, at: jax.Array) -> SamplingState:
+def rows_of(slots: Slots, at: jax.Array) -> SamplingState:
     """What one shard's slots `at` [S] say."""
     return jax.tree.map(lambda x: jnp.take(x, at, axis=0, mode="clip"), slots.sampling)
 
 
-def _kept(features: SamplingFeatures, slots: Slots, at, tokens, after: SamplingState) -> Slots:
-    """One shard's slots after new tokens [S]; a slot past the last is none."""
+def _kept(features: SamplingFeatures, slots: Slots, at, tokens, after: SamplingState, hidden) -> Slots:
+    """One shard's slots after new tokens [S]; a slot past the last is none. hidden: before these."""
     kept = slots.sampling
     if features.penalties:
         assert kept.counts is not None and after.counts is not None
         kept = dataclasses.replace(kept, counts=kept.counts.at[at].set(after.counts, mode="drop"))
-    return Slots(slots.last.at[at].set(tokens, mode="drop"), kept)
+    newest, known = slots.newest.at[at, 0].set(tokens, mode="drop"), slots.hidden
+    if known is not None:
+        known = known.at[at].set(hidden, mode="drop")
+    return Slots(newest, kept, known)
 
 
 def read_chosen(chosen: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -300,7 +323,8 @@ def make_write_slots() -> Callable:
         kept = dataclasses.replace(slots.sampling, counts=None, in_prompt=None)
         new = jax.tree.map(lambda old, x: old.at[shards, at].set(x, mode="drop"), kept, rows)
         history = {name: getattr(slots.sampling, name) for name in ("counts", "in_prompt")}
-        return _pinned(Slots(slots.last, dataclasses.replace(new, **history)))
+        new = dataclasses.replace(new, **history)
+        return pinned(dataclasses.replace(slots, sampling=new))
 
     return write
 
@@ -321,7 +345,7 @@ def make_write_history() -> Callable:
             counts=kept.counts.at[shard_].set(counts),
             in_prompt=kept.in_prompt.at[shard_].set(present),
         )
-        return _pinned(Slots(slots.last, kept))
+        return pinned(dataclasses.replace(slots, sampling=kept))
 
     return write
 
@@ -333,11 +357,12 @@ def make_write_masks() -> Callable:
     @functools.partial(jax.jit, donate_argnames="slots")
     def write(slots, shards, at, masks):
         mask = slots.sampling.mask.at[shards, at].set(masks, mode="drop")
-        return _pinned(Slots(slots.last, dataclasses.replace(slots.sampling, mask=mask)))
+        masked = dataclasses.replace(slots.sampling, mask=mask)
+        return pinned(dataclasses.replace(slots, sampling=masked))
 
     return write
 
 
-def _pinned(slots: Slots) -> Slots:
+def pinned(slots: Slots) -> Slots:
     """On the shards where they were."""
     return jax.tree.map(lambda x: shard(x, "batch", *(None,) * (x.ndim - 1)), slots)

@@ -412,7 +412,7 @@ def sample(
         noise = gumbel(state.key_data, state.step, logits.shape[-1])
         drawn = jnp.argmax(draw_logits(processed, state, features) + noise, axis=-1)
         tokens = jnp.where(state.temperature == 0, tokens, drawn.astype(jnp.int32))
-    return with_logprobs(tokens, logits, features), _advance(state, tokens, features)
+    return _with_logprobs(tokens, logits, features), _advance(state, tokens, features)
 
 
 def process_logits(logits: jax.Array, state: SamplingState, features: SamplingFeatures) -> jax.Array:
@@ -553,7 +553,7 @@ def gumbel(key_data: jax.Array, step: jax.Array, vocab_size: int) -> jax.Array:
     return jax.vmap(row_noise)(key_data, step)
 
 
-def with_logprobs(tokens: jax.Array, logits: jax.Array, features: SamplingFeatures) -> Sampled:
+def _with_logprobs(tokens: jax.Array, logits: jax.Array, features: SamplingFeatures) -> Sampled:
     """The chosen tokens [B] with what the features want to know of the raw logits [B, V]."""
     if features.logprobs is None:
         return Sampled(tokens, None, None, None)

@@ -153,7 +153,7 @@ def test_loading_and_unloading_compile_nothing(llm, loras, expected):
         outputs = serving.generate(PROMPTS, ASKED, adapter="poet")
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert serving.programs.misses == 0 and not compiled
+    assert serving.misses == 0 and not compiled
     for i, output in enumerate(outputs):
         agree(output, expected["coder", i])
 
