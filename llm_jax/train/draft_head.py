@@ -123,7 +123,7 @@ def draft_states(nets: HeadAndBase, hidden: jax.Array, tokens: jax.Array, steps:
 def _sums(
     base: Transformer, base_weight: float, hidden: jax.Array, states: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """hidden [B, t, D], states [B, t, K, D], targets [B, t, K] -> (loss, agreements, targets) [K] each."""
+    """hidden [B, t, D], states [B, t, K, D], targets [B, t, K] -> losses, agreements, targets [K]."""
     wanted = jax.lax.stop_gradient(base.unembed(hidden))[:, :, None]  # [B, t, 1, V]
     drafted = base.unembed(states)
     loss = (1.0 - base_weight) * cross_entropy(drafted, targets)
