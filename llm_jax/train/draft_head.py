@@ -47,7 +47,7 @@ class DraftHeadResult:
 
     loss: float  # nats per drafted token, weighted by `decay`
     agreement: tuple[float, ...]  # of the first, second, ... token of a draft
-    agreement_before: tuple[float, ...]  # of the head as it was drawn
+    agreement_before: tuple[float, ...]  # of the untrained head, which repeats the model's choice
     accepted: float  # tokens of a draft until the first wrong one, if agreements were independent
     trained_parameters: int
 
@@ -126,8 +126,10 @@ def _sums(
     """hidden [B, t, D], states [B, t, K, D], targets [B, t, K] -> losses, agreements, targets [K]."""
     wanted = jax.lax.stop_gradient(base.unembed(hidden))[:, :, None]  # [B, t, 1, V]
     drafted = base.unembed(states)
-    loss = (1.0 - base_weight) * cross_entropy(drafted, targets)
-    if base_weight:
+    loss = jnp.zeros(targets.shape, jnp.float32)
+    if base_weight < 1.0:
+        loss += (1.0 - base_weight) * cross_entropy(drafted, targets)
+    if base_weight > 0.0:
         loss += base_weight * distillation_kl(drafted, wanted, targets, temperature=1.0)
     choice = jnp.where(targets >= 0, jnp.argmax(wanted, axis=-1).astype(jnp.int32), NO_TARGET)
     agreed = top_hits(drafted, choice)
