@@ -23,6 +23,7 @@ from llm_jax.config.reading import unknown_override as unknown_override
 from llm_jax.config.tasks import ClassificationConfig as ClassificationConfig
 from llm_jax.config.tasks import DataSource as DataSource
 from llm_jax.config.tasks import DistillConfig as DistillConfig
+from llm_jax.config.tasks import DraftHeadConfig as DraftHeadConfig
 from llm_jax.config.tasks import FinetuneConfig as FinetuneConfig
 from llm_jax.config.tasks import LanguageModelConfig as LanguageModelConfig
 from llm_jax.config.tasks import LoraConfig as LoraConfig

@@ -249,6 +249,41 @@ class LanguageModelConfig(TrainConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftHeadConfig(TrainConfig):
+    """One run that trains a draft head for a language model on texts or stores (task "draft_head").
+
+    The texts are read, held out and cut as `LanguageModelConfig` says of the settings of these names, in
+    the tokens of the model. That itself stays as it is.
+    """
+
+    base: str  # a Hugging Face directory or hub id, or a workdir: the model to draft for
+    data: tuple[Any, ...]
+    task: str = "draft_head"
+    width: int = 0  # of the head's cell; 0 = twice the model's embed_dim
+    draft_steps: int = (
+        4  # tokens of a draft that are trained and judged; engines may draft more or fewer
+    )
+    decay: float = 0.8  # weight of a drafted token in the loss / that of the one before it
+    base_weight: float = 1.0  # of the divergence from the model; the text's cross entropy has the rest
+    document: str = "line"
+    eval_fraction: float = 0.01
+    eval_split: str = "random"
+    row_tokens: int = 128
+    loss_chunk: int = 0  # positions whose vocabulary logits, draft_steps + 1 each, are held at a time
+
+    def __post_init__(self):
+        super().__post_init__()
+        choice("task", self.task, ("draft_head",))
+        require(self.base != "", "base", "", "the model to draft for")
+        require(self.width >= 0, "width", self.width, "1 or more, or 0 for twice the model's embed_dim")
+        require(self.draft_steps > 0, "draft_steps", self.draft_steps, "1 or more")
+        require(0 < self.decay <= 1, "decay", self.decay, "in (0, 1]")
+        require(0 <= self.base_weight <= 1, "base_weight", self.base_weight, "in [0, 1]")
+        most = "more than draft_steps, or no row has a whole draft"
+        require(self.row_tokens > self.draft_steps, "row_tokens", self.row_tokens, most)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TuneConfig(TrainConfig):
     """What every run has that goes on from a trained language model."""
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from llm_jax.checkpoint.workdir import begin_run
 from llm_jax.config import (
     ClassificationConfig,
+    DraftHeadConfig,
     FinetuneConfig,
     LanguageModelConfig,
     MaskedLanguageModelConfig,
@@ -26,6 +27,7 @@ from llm_jax.eval.plots import plot_confusion, plot_loss
 from llm_jax.train import (
     classification,
     documents_mlp,
+    draft_head,
     finetune,
     language_model,
     masked_lm,
@@ -78,6 +80,7 @@ TASKS: dict[str, Run] = {
     "lm": plain(LanguageModelConfig, language_model),
     "masked_lm": plain(MaskedLanguageModelConfig, masked_lm),
     "sft": plain(FinetuneConfig, finetune),
+    "draft_head": plain(DraftHeadConfig, draft_head),
     "dpo": plain(PreferenceConfig, preference),
     "word_vectors": plain(WordVectorConfig, word_vectors),
     "question_answering": plain(QuestionAnsweringConfig, question_answering),

@@ -6,7 +6,7 @@ jitted step takes as an argument and opens with `model.bind(params)`, an act of 
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -66,28 +66,46 @@ class Trainable(Protocol):
 def describe(config: ModelConfig) -> Model:
     """Model of a config, with nothing allocated; unset dtypes take the backend's default."""
     config = config.with_dtypes(jax.default_backend())
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    return Model(config, *outline(lambda rngs: Transformer(config, rngs=rngs), config.param_dtype))
+
+
+def outline(
+    build: Callable[[nnx.Rngs], nnx.Module], dtype: str
+) -> tuple[nnx.GraphDef, Params, Params, Params]:
+    """(graphdef, shapes in `dtype`, axes, contract) of what `build` makes, with nothing allocated."""
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
 
     def metadata(name):
         is_variable = lambda v: isinstance(v, nnx.Variable)  # noqa: E731
         values = jax.tree.map(lambda v: v.get_metadata(name), state, is_leaf=is_variable)
         return nnx.to_pure_dict(values)
 
-    dtype = jnp.dtype(config.param_dtype)
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), nnx.to_pure_dict(state))
-    return Model(config, graphdef, shapes, metadata("axes"), metadata("contract"))
+    shape = lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(dtype))  # noqa: E731
+    shapes = jax.tree.map(shape, nnx.to_pure_dict(state))
+    return graphdef, shapes, metadata("axes"), metadata("contract")
 
 
 def init_params(model: Model, mesh: Mesh, key: jax.Array) -> Params:
     """Random parameters born on their shards: no device ever holds the whole tree."""
+    build = lambda rngs: Transformer(model.config, rngs=rngs)  # noqa: E731
+    return draw(build, model.shapes, model.shardings(mesh), mesh, key)
+
+
+def draw(
+    build: Callable[[nnx.Rngs], nnx.Module],
+    shapes: Params,
+    places: Params,
+    mesh: Mesh,
+    key: jax.Array,
+) -> Params:
+    """The parameters that `build` draws from `key`, in the dtypes of `shapes`, born on `places`."""
 
     def make(key):
-        state = nnx.split(Transformer(model.config, rngs=nnx.Rngs(key)))[1]
-        params = nnx.to_pure_dict(state)
-        return jax.tree.map(lambda p, s: p.astype(s.dtype), params, model.shapes)
+        params = nnx.to_pure_dict(nnx.split(build(nnx.Rngs(key)))[1])
+        return jax.tree.map(lambda p, s: p.astype(s.dtype), params, shapes)
 
     with jax.set_mesh(mesh):
-        return jax.jit(make, out_shardings=model.shardings(mesh))(key)
+        return jax.jit(make, out_shardings=places)(key)
 
 
 def complete_params(

@@ -168,16 +168,19 @@ class Embed(nnx.Module):
         self, tokens: jax.Array, positions: jax.Array, token_types: jax.Array | None
     ) -> jax.Array:
         """tokens, positions, token_types [B, T] int32 -> [B, T, D] in the compute dtype."""
-        table = shard(self.tokens.get_value(), "vocab", "embed")  # gathered over fsdp, as any weight
-        x = table[tokens].astype(self.dtype)
-        if self.scale is not None:
-            x = x * jnp.asarray(self.scale, x.dtype)
+        x = self.lookup(tokens)
         if self.positions is not None:
             x += self.positions.get_value()[positions + self.offset].astype(self.dtype)
         if self.types is not None:
             types = jnp.zeros_like(tokens) if token_types is None else token_types
             x += self.types.get_value()[types].astype(self.dtype)
         return x if self.norm is None else self.norm(x)
+
+    def lookup(self, tokens: jax.Array) -> jax.Array:
+        """tokens [...] int32 -> the tokens' own embeddings [..., D]; no positions, no types."""
+        table = shard(self.tokens.get_value(), "vocab", "embed")  # gathered over fsdp, as any weight
+        x = table[tokens].astype(self.dtype)
+        return x if self.scale is None else x * jnp.asarray(self.scale, x.dtype)
 
 
 class NgramEmbed(nnx.Module):
