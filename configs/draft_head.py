@@ -23,6 +23,7 @@ def get_config():
                 (str(DATA / "sentiment_zh" / "train.tsv"), "text", 1.0),
             ),
             eval_fraction=0.02,  # as in configs/demo_lm.py: so it is new to the model too
+            draft_steps=4,
             row_tokens=128,
             optim=OptimConfig(
                 learning_rate=3e-3,
@@ -33,8 +34,8 @@ def get_config():
                 ema_decay=0.99,
             ),
             batch_size=8,
-            steps=400,
-            log_every=25,
-            eval_every=200,
+            steps=600,
+            log_every=50,
+            eval_every=100,
         )
     )

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from llm_jax.checkpoint.tensor_file import TensorFile, write_tensors
 from llm_jax.models import Model, Params
-from llm_jax.models.draft_head import DraftModel, describe_draft_head
+from llm_jax.models.draft_head import DraftHeadModel, describe_draft_head
 from llm_jax.tree import flatten, unflatten
 
 # Settings of a model without which the head of one computes something else, or does not fit another
@@ -24,7 +24,7 @@ OF_BASE = ("embed_dim", "vocab_size", "activation", "norm", "norm_eps", "norm_pl
 
 
 def export_draft_head(
-    directory: str | Path, head: DraftModel, params: Params, *, base: str = ""
+    directory: str | Path, head: DraftHeadModel, params: Params, *, base: str = ""
 ) -> Path:
     """Write a directory that `load_draft_head` reads. base: name or directory of the head's model.
 
@@ -49,7 +49,7 @@ def export_draft_head(
     return target
 
 
-def load_draft_head(directory: str | Path, model: Model, mesh: Mesh) -> tuple[DraftModel, Params]:
+def load_draft_head(directory: str | Path, model: Model, mesh: Mesh) -> tuple[DraftHeadModel, Params]:
     """The head in `directory`, and its parameters in the dtype of `model`'s, sharded over `mesh`.
 
     ValueError that names the file and what in it is wrong, such as a head of another model than `model`.
@@ -82,7 +82,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
-def _read_params(path: Path, head: DraftModel, mesh: Mesh) -> Params:
+def _read_params(path: Path, head: DraftHeadModel, mesh: Mesh) -> Params:
     if not path.exists():
         raise ValueError(f"{path} is missing; copy the whole directory again")
     file = TensorFile(path)

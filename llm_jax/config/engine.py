@@ -5,7 +5,7 @@ import dataclasses
 from llm_jax.config.checks import choice, require
 
 CACHE_DTYPES = ("", "float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
-SPECULATION = ("off", "prompt_lookup", "draft_model")
+SPECULATION = ("off", "prompt_lookup", "draft_model", "draft_head")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,8 @@ class EngineConfig:
         aging_s: seconds of waiting that are worth one priority.
         overlap: plan a step while the one before runs.
         speculation: "off"; "prompt_lookup": propose what followed the same words before; "draft_model":
-            what the smaller LLM would write that the engine is given as `drafter`.
+            what a smaller LLM would write, "draft_head": a head on the model's own hidden states;
+            these two the engine is given as `drafter`.
         draft_tokens: proposed at once, at most.
         prompt_logprobs: requests may ask for them; twice as many programs are compiled.
         strict_numerics: a token at a time, by the same code: what a request gets depends in no bit on

@@ -264,7 +264,7 @@ class DraftHeadConfig(TrainConfig):
         4  # tokens of a draft that are trained and judged; engines may draft more or fewer
     )
     decay: float = 0.8  # weight of a drafted token in the loss / that of the one before it
-    base_weight: float = 1.0  # of the divergence from the model; the text's cross entropy has the rest
+    base_weight: float = 0.5  # of the divergence from the model; the text's cross entropy has the rest
     document: str = "line"
     eval_fraction: float = 0.01
     eval_split: str = "random"

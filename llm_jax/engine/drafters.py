@@ -1,9 +1,9 @@
 """Models that draft on the device, for all sequences of a step at once.
 
-    DraftModel    a small model with the same tokens. It reads what the large one reads, into pages of
-                  its own under the same numbers: so shared prefixes, forks, windows and pages that
-                  were moved are right without a thought, and a page costs more.
-    DraftHead     a cell on the large model's own hidden states (models/draft_head.py). No pages.
+    ModelDrafter    a small model with the same tokens. It reads what the large one reads, into pages of
+                    its own under the same numbers: so shared prefixes, forks, windows and pages that
+                    were moved are right without a thought, and a page costs more.
+    HeadDrafter     a cell on the large model's own hidden states (models/draft_head.py). No pages.
 
 Before a step `draft` writes tokens to `Slots.newest`, where its rows have room for them. The host never
 sees them; it learns how many stayed.
@@ -17,18 +17,21 @@ import numpy as np
 
 from llm_jax.cache.paged import PagedCache, init_paged, page_bytes, pool_windows
 from llm_jax.config import EngineConfig
-from llm_jax.engine.plan import StepPlan
+from llm_jax.engine.plan import Row, StepPlan
 from llm_jax.engine.programs import Buckets, Compiled, abstract
-from llm_jax.infer.draft_steps import OF_MODEL, make_model_draft
+from llm_jax.infer.draft_steps import OF_MODEL, make_head_draft, make_model_draft
 from llm_jax.infer.llm import LLM
 from llm_jax.infer.paged_steps import Slots, make_paged_forward
+from llm_jax.models import Params
+from llm_jax.models.draft_head import DraftHeadModel
 from llm_jax.ops.sampling import TIERS, SamplingFeatures
 from llm_jax.tree import num_bytes
 
 Plans = list[StepPlan | None]  # of each data shard
+Caches = tuple[PagedCache, ...]
 
 
-class DraftModel:
+class ModelDrafter:
     """A small model beside the large one, on the same mesh.
 
     Raises ValueError for models that cannot go together, naming what differs.
@@ -50,8 +53,8 @@ class DraftModel:
                 f"drafter: max_positions={ours.max_positions} of it are fewer than max_length="
                 f"{max_length}; set EngineConfig.max_length"
             )
-        self.cost = num_bytes(llm.params) / num_bytes(target.params)
-        self.windows = pool_windows(ours)
+        self.cost = num_bytes(llm.params) / num_bytes(target.params)  # of a token, in the model's steps
+        self.reads_hidden = False
         self._llm, self._config = llm, config
 
     def page_bytes(self) -> tuple[int, ...]:
@@ -60,46 +63,97 @@ class DraftModel:
         mesh, dtype = self._llm.mesh, config.cache_dtype or None
         return page_bytes(self._llm.model.config, config.page_size, mesh, dtype)
 
-    def init_cache(self, pages: tuple[int, ...]) -> PagedCache:
+    def init_caches(self, pages: tuple[int, ...]) -> Caches:
         """Its keys and values, in so many pages of each pool."""
         config = self._config
         dtype = config.cache_dtype or None
-        return init_paged(self._llm.model.config, pages, config.page_size, self._llm.mesh, dtype)
+        return (init_paged(self._llm.model.config, pages, config.page_size, self._llm.mesh, dtype),)
 
-    def prepare(self, buckets: Buckets, cache: PagedCache, slots: Slots) -> "_ModelPrograms":
-        """Its programs, not compiled yet."""
-        self.programs = _ModelPrograms(self._llm, buckets.of_drafter, cache, slots)
-        return self.programs
+    def prepare(self, buckets: Buckets, caches: Caches, slots: Slots) -> None:
+        """Say what its `programs` are for: none is compiled yet."""
+        self.programs = _ModelPrograms(self._llm, buckets.of_drafter, caches[0], slots)
 
     def draft(
-        self, plans: Plans, slots: Slots, cache: PagedCache, pack: Callable
-    ) -> tuple[Slots, PagedCache]:
-        """Read a step's tokens and draft what its rows have room for. pack: see `Engine`."""
+        self, plans: Plans, slots: Slots, caches: Caches, tier: SamplingFeatures, pack: Callable
+    ) -> tuple[Slots, Caches]:
+        """Read a step's tokens and draft what its rows have room for; the slots and caches after it.
+
+        caches: those of `init_caches`. tier: what the rows need to be chosen. pack: `Engine._pack`.
+        """
+        (cache,), params = caches, self._llm.params
         buckets, mirrors = self.programs.buckets, [_without_drafts(plan) for plan in plans]
         rows = max(len(mirror.rows) for mirror in mirrors)
-        alignment = buckets.alignment
-        chunks = max(sum(_up(row.count, alignment) for row in mirror.chunks) for mirror in mirrors)
-        shape = buckets.shape(rows, chunks)
+        shape = buckets.shape(rows, max(_chunk_tokens(mirror, buckets.alignment) for mirror in mirrors))
         packed, parts = shape.empty(len(plans))
         of = np.zeros((len(plans), shape.rows, OF_MODEL + shape.pools * shape.pages), np.int32)
         of[..., 0] = self._config.max_rows
-        tier = TIERS[0]
         for d, (plan, mirror) in enumerate(zip(plans, mirrors, strict=True)):
-            made = np.zeros((len(plans), shape.rows, 3), np.int32)
-            tiers = pack(mirror, d, parts, made)
-            tier = max([tier, *tiers], key=TIERS.index)
+            pack(mirror, d, parts, np.zeros((len(plans), shape.rows, 3), np.int32))
             drafted = {row.sequence: row.drafted for row in plan.rows} if plan else {}
             for i, row in enumerate(mirror.decodes):
                 if wanted := drafted[row.sequence]:
-                    of[d, i, :OF_MODEL] = *made[d, i, :2], wanted, row.start + row.count
-            for pool in range(shape.pools):
-                first = OF_MODEL + pool * shape.pages
-                of[d, :, first : first + shape.pages] = parts[f"table{pool}"][d]
-        forward = self.programs.forward(shape)
-        logits, cache, *_ = forward(self._llm.params, cache, slots.newest, packed)
-        if not of[..., 2].any():
-            return slots, cache
-        return self.programs.draft(shape.rows, tier)(self._llm.params, cache, slots, logits, of)
+                    of[d, i, :OF_MODEL] = *_place(row), wanted, row.start + row.count
+        tables = [parts[f"table{pool}"] for pool in range(shape.pools)]
+        of[..., OF_MODEL:] = np.concatenate(tables, axis=-1)
+        logits, cache, *_ = self.programs.forward(shape)(params, cache, slots.newest, packed)
+        if of[..., 2].any():
+            draft = self.programs.draft(shape.rows, tier)
+            slots, cache = draft(params, cache, slots, logits, of)
+        return slots, (cache,)
+
+
+class HeadDrafter:
+    """A draft head on the model's own hidden states.
+
+    Raises ValueError for a head of another model.
+    """
+
+    def __init__(self, head: DraftHeadModel, params: Params, target: LLM, config: EngineConfig):
+        ours, theirs = head.config, target.model.config
+        for name in ("embed_dim", "vocab_size"):
+            if getattr(ours, name) != getattr(theirs, name):
+                raise ValueError(
+                    f"drafter: {name}={getattr(ours, name)} of its model; expected "
+                    f"{getattr(theirs, name)}, as this one has: train a head for it "
+                    "(configs/draft_head.py)"
+                )
+        table = ours.vocab_size * ours.embed_dim * np.dtype(theirs.param_dtype).itemsize
+        self.cost = (num_bytes(params) + table) / num_bytes(target.params)
+        self.reads_hidden = True
+        self._target, self._config, self._head, self._params = target, config, head, params
+
+    def page_bytes(self) -> tuple[int, ...]:
+        """None: it has no pages."""
+        return (0,) * len(pool_windows(self._target.model.config))
+
+    def init_caches(self, pages: tuple[int, ...]) -> Caches:
+        """None."""
+        return ()
+
+    def prepare(self, buckets: Buckets, caches: Caches, slots: Slots) -> None:
+        """Say what its `programs` are for: none is compiled yet."""
+        self.programs = _HeadPrograms(self._target, buckets, self._head, self._params, slots)
+
+    def draft(
+        self, plans: Plans, slots: Slots, caches: Caches, tier: SamplingFeatures, pack: Callable
+    ) -> tuple[Slots, Caches]:
+        """Draft what the rows of a step have room for; see `ModelDrafter.draft`."""
+        rows = [[row for row in plan.chunks if row.drafted] if plan else [] for plan in plans]
+        if not any(rows):
+            return slots, caches
+        count = next(n for n in self.programs.buckets.mixed if n >= max(map(len, rows)))
+        of = np.zeros((len(plans), count, 3), np.int32)
+        of[..., 0] = self._config.max_rows
+        for d, of_shard in enumerate(rows):
+            for i, row in enumerate(of_shard):
+                of[d, i] = *_place(row), row.drafted
+        return self.programs.draft(count, tier)(self._params, self._target.params, slots, of), caches
+
+
+def _place(row: Row) -> tuple[int, int]:
+    """(slot, how many tokens its sequence made before) of a row."""
+    sequence = row.sequence
+    return sequence.slot, row.start + row.count - row.drafted - len(sequence.request.prompt)
 
 
 def _without_drafts(plan: StepPlan | None) -> StepPlan:
@@ -111,8 +165,8 @@ def _without_drafts(plan: StepPlan | None) -> StepPlan:
     return mirror
 
 
-def _up(tokens: int, alignment: int) -> int:
-    return -(-tokens // alignment) * alignment
+def _chunk_tokens(plan: StepPlan, alignment: int) -> int:
+    return sum(-(-row.count // alignment) * alignment for row in plan.chunks)
 
 
 class _ModelPrograms(Compiled):
@@ -146,3 +200,23 @@ class _ModelPrograms(Compiled):
         logits = self._of_rows(rows, self._model.config.vocab_size, dtype=np.float32)
         of = self._of_rows(rows, OF_MODEL + pools * pages)
         return make_model_draft(self._model, pools, features), (params, cache, slots, logits, of)
+
+
+class _HeadPrograms(Compiled):
+    """The loop that drafts by a head."""
+
+    def __init__(self, llm: LLM, buckets: Buckets, head: DraftHeadModel, params: Params, slots: Slots):
+        super().__init__(llm, buckets)
+        self._model, self._head = llm.model, head
+        self._like = abstract((params, llm.params, slots))
+
+    def draft(self, rows: int, features: SamplingFeatures) -> Callable:
+        """See `make_head_draft`."""
+        return self._get(("draft", rows, features))
+
+    def _work(self) -> list[Any]:
+        return [("draft", n, tier) for n in self.buckets.mixed for tier in TIERS]
+
+    def _build(self, key: Any) -> tuple[Any, tuple]:
+        _, rows, features = key
+        return make_head_draft(self._model, self._head, features), (*self._like, self._of_rows(rows, 3))

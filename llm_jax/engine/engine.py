@@ -28,7 +28,7 @@ import numpy as np
 from llm_jax.cache.paged import free_bytes, init_paged, page_bytes, pool_windows
 from llm_jax.config import EngineConfig
 from llm_jax.engine.adapters import Adapters
-from llm_jax.engine.drafters import DraftModel
+from llm_jax.engine.drafters import HeadDrafter, ModelDrafter
 from llm_jax.engine.drafts import ON_DEVICE, DraftLength, PromptLookup
 from llm_jax.engine.pages import SCRATCH, PoolSpec
 from llm_jax.engine.plan import Event, Row, SchedulerConfig, StepPlan
@@ -43,6 +43,8 @@ from llm_jax.infer.llm import LLM
 from llm_jax.infer.paged_steps import init_slots, read_chosen
 from llm_jax.infer.replies import Output, Reply, best_of
 from llm_jax.kernels.choice import kernel_refusal
+from llm_jax.models import Params
+from llm_jax.models.draft_head import DraftHeadModel
 from llm_jax.ops.linear import LowRank
 from llm_jax.ops.sampling import (
     EVERYTHING,
@@ -110,10 +112,12 @@ class Engine:
         llm: LLM,
         config: EngineConfig | None = None,
         *,
-        drafter: LLM | None = None,
+        drafter: LLM | tuple[DraftHeadModel, Params] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """drafter: the small model that `EngineConfig.speculation` names. clock: in seconds."""
+        """drafter: what `EngineConfig.speculation` names, a smaller LLM or what `load_draft_head` gives.
+        clock: in seconds.
+        """
         self.llm, self.config = llm, config or EngineConfig()
         model, mesh = llm.model, llm.mesh
         self.max_length = self.config.max_length or model.config.max_positions
@@ -151,16 +155,19 @@ class Engine:
             self._caches = (init_paged(model.config, pages, self.config.page_size, mesh, dtype),)
             self._drafts = self.config.draft_tokens if self.config.speculation != "off" else 0
             on_device = self._drafts if self._drafter else 0
-            self._slots = init_slots(self.config.max_rows, model.config, mesh, on_device)
+            hidden = self._drafter is not None and self._drafter.reads_hidden
+            self._slots = init_slots(self.config.max_rows, model.config, mesh, on_device, hidden)
             if self._drafter:
-                self._caches += (self._drafter.init_cache(pages),)
+                self._caches += self._drafter.init_caches(pages)
         per_row = -(-self.max_length // self.config.page_size)
-        buckets = Buckets.of(self.config, per_row, len(windows), self._alignment, self._drafts)
+        sizes = (per_row, len(windows), self._alignment, self._drafts, hidden)
+        buckets = Buckets.of(self.config, *sizes)
         states = (self._caches, self._slots, self.adapters.params)
         self.programs = Programs(llm, self.config, buckets, *states)
         compiled = [self.programs]
         if self._drafter:
-            compiled.append(self._drafter.prepare(buckets, self._caches[1], self._slots))
+            self._drafter.prepare(buckets, self._caches[1:], self._slots)
+            compiled.append(self._drafter.programs)
         self._host: dict[tuple[int, int, int], list[np.ndarray]] = {}  # by shard, pool, host page
         if self.config.compile_ahead:
             for programs in compiled:
@@ -411,8 +418,9 @@ class Engine:
                 tiers = self._pack(plan, d, parts, of)
                 tier = max([tier, *tiers], key=TIERS.index)
         if self._drafter:
-            drafted = self._drafter.draft(plans, self._slots, self._caches[1], self._pack)
-            self._slots, self._caches = drafted[0], (self._caches[0], drafted[1])
+            given = (plans, self._slots, self._caches[1:], tier, self._pack)
+            self._slots, caches = self._drafter.draft(*given)
+            self._caches = (self._caches[0], *caches)
         forward, (cache, *others) = self.programs.forward(shape), self._caches
         results = forward(self.adapters.params, cache, self._slots.newest, packed)
         logits, cache, hidden, scores = results
@@ -689,15 +697,19 @@ class Engine:
         may_begin = self.adapters.places.may_begin if self.config.adapters else None
         return Scheduler(settings, self._clock, may_begin)
 
-    def _drafter_of(self, drafter: LLM | None) -> DraftModel | None:
-        """What drafts on the device. ValueError where there is none, or one too many."""
-        wanted = self.config.speculation == "draft_model"
-        if wanted != (drafter is not None):
+    def _drafter_of(self, drafter: Any) -> ModelDrafter | HeadDrafter | None:
+        """What drafts on the device. ValueError where it is not what the config says."""
+        kinds = {"draft_model": LLM, "draft_head": tuple}
+        wanted = kinds.get(self.config.speculation, type(None))
+        if not isinstance(drafter, wanted):
             raise ValueError(
                 f"speculation={self.config.speculation!r} with drafter={drafter}: 'draft_model' takes "
-                "an LLM as Engine(..., drafter=...), nothing else does"
+                "an LLM, 'draft_head' what load_draft_head gives, as Engine(..., drafter=...); nothing "
+                "else takes one"
             )
-        return None if drafter is None else DraftModel(drafter, self.llm, self.config, self.max_length)
+        if isinstance(drafter, LLM):
+            return ModelDrafter(drafter, self.llm, self.config, self.max_length)
+        return None if drafter is None else HeadDrafter(*drafter, self.llm, self.config)
 
     def _check(self, params: SamplingParams, stop_ids: tuple[int, ...]) -> None:
         """Refuse by name what the steps cannot do."""

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from llm_jax.cache.paged import StepRows
 from llm_jax.infer.paged_steps import Slots, pinned, rows_of
 from llm_jax.models import Model
+from llm_jax.models.draft_head import DraftHeadModel
 from llm_jax.ops.sampling import SamplingFeatures, SamplingState, sample
 
 OF_MODEL = 4  # numbers of a row that come before its pages in what `make_model_draft` is told
@@ -71,6 +72,34 @@ def make_model_draft(model: Model, pools: int, features: SamplingFeatures) -> Ca
         begin = jnp.ones((), jnp.int32), token, cache, state, drafts.at[..., 0].set(token)
         _, _, cache, _, drafts = jax.lax.while_loop(more, one, begin)
         return _written(slots, of, drafts), cache.constrained()
+
+    return draft
+
+
+@functools.lru_cache(maxsize=64)
+def make_head_draft(model: Model, head: DraftHeadModel, features: SamplingFeatures) -> Callable:
+    """f(head's params, params, slots, of [D, R, 3] int32) -> slots, from `Slots.hidden`.
+
+    of: a row's slot, one past the last is none; how many tokens its sequence made before; how many to
+    draft. slots: donated.
+    """
+
+    @functools.partial(jax.jit, donate_argnames="slots")
+    def draft(head_params, params, slots, of):
+        net, cell, longest = model.bind(params), head.bind(head_params), jnp.max(of[..., 2])
+        take = jax.vmap(lambda x, at: jnp.take(x, at, axis=0, mode="clip"))
+
+        def one(carry):
+            place, token, hidden, state, drafts = carry
+            hidden = cell(hidden, net.embed.lookup(token))
+            token, state = _pick(features, model.config.vocab_size, net.unembed(hidden), state)
+            return place + 1, token, hidden, state, drafts.at[..., place].set(token)
+
+        token, hidden = take(slots.newest[..., 0], of[..., 0]), take(slots.hidden, of[..., 0])
+        drafts = jnp.zeros((*of.shape[:2], slots.newest.shape[-1] - 1), jnp.int32)
+        begin = jnp.zeros((), jnp.int32), token, hidden, _states(slots, of), drafts
+        drafts = jax.lax.while_loop(lambda carry: carry[0] < longest, one, begin)[-1]
+        return _written(slots, of, drafts)
 
     return draft
 

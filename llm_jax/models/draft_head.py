@@ -52,7 +52,7 @@ class DraftHead(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class DraftModel:
+class DraftHeadModel:
     """What there is to know of a draft head before it has parameters, as `Model` has it. No arrays."""
 
     config: ModelConfig  # of the model that it drafts for
@@ -72,7 +72,7 @@ class DraftModel:
 
 
 @functools.lru_cache(maxsize=64)
-def describe_draft_head(config: ModelConfig, width: int) -> DraftModel:
+def describe_draft_head(config: ModelConfig, width: int) -> DraftHeadModel:
     """A head of F = `width` for the language model of `config`, with nothing allocated.
 
     ValueError when that model does not predict next tokens, or for a width below 1.
@@ -86,10 +86,10 @@ def describe_draft_head(config: ModelConfig, width: int) -> DraftModel:
         raise ValueError(f"width={width}: expected 1 or more")
     config = config.with_dtypes(jax.default_backend())
     build = lambda rngs: DraftHead(config, width, rngs=rngs)  # noqa: E731
-    return DraftModel(config, width, *outline(build, config.param_dtype))
+    return DraftHeadModel(config, width, *outline(build, config.param_dtype))
 
 
-def init_draft_head(head: DraftModel, mesh: Mesh, key: jax.Array) -> Params:
+def init_draft_head(head: DraftHeadModel, mesh: Mesh, key: jax.Array) -> Params:
     """First parameters, born on their shards; with them every draft repeats the model's own choice."""
     build = lambda rngs: DraftHead(head.config, head.width, rngs=rngs)  # noqa: E731
     return draw(build, head.shapes, head.shardings(mesh), mesh, key)

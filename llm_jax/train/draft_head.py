@@ -25,7 +25,7 @@ from llm_jax.checkpoint.workdir import begin_run
 from llm_jax.config import DraftHeadConfig, LanguageModelConfig, ModelConfig
 from llm_jax.data.packing import NO_TARGET
 from llm_jax.models import Model, Params
-from llm_jax.models.draft_head import DraftHead, DraftModel, describe_draft_head, init_draft_head
+from llm_jax.models.draft_head import DraftHead, DraftHeadModel, describe_draft_head, init_draft_head
 from llm_jax.models.transformer import Transformer
 from llm_jax.ops.attention import FullContext
 from llm_jax.ops.losses import cross_entropy, distillation_kl, sum_over_chunks, top_hits
@@ -47,7 +47,7 @@ class DraftHeadResult:
 
     loss: float  # nats per drafted token, weighted by `decay`
     agreement: tuple[float, ...]  # of the first, second, ... token of a draft
-    agreement_before: tuple[float, ...]  # of the untrained head, which repeats the model's choice
+    agreement_before: tuple[float, ...]  # of the head as it was drawn
     accepted: float  # tokens of a draft until the first wrong one, if agreements were independent
     trained_parameters: int
 
@@ -63,7 +63,7 @@ class HeadAndBase:
 class Drafting:
     """A draft head in training beside its model; to the training loop it is the head."""
 
-    def __init__(self, head: DraftModel, base: Model):
+    def __init__(self, head: DraftHeadModel, base: Model):
         self.head, self.base = head, base
         self.shapes, self.axes, self.contract = head.shapes, head.axes, head.contract
 
@@ -126,10 +126,8 @@ def _sums(
     """hidden [B, t, D], states [B, t, K, D], targets [B, t, K] -> losses, agreements, targets [K]."""
     wanted = jax.lax.stop_gradient(base.unembed(hidden))[:, :, None]  # [B, t, 1, V]
     drafted = base.unembed(states)
-    loss = jnp.zeros(targets.shape, jnp.float32)
-    if base_weight < 1.0:
-        loss += (1.0 - base_weight) * cross_entropy(drafted, targets)
-    if base_weight > 0.0:
+    loss = (1.0 - base_weight) * cross_entropy(drafted, targets)
+    if base_weight:
         loss += base_weight * distillation_kl(drafted, wanted, targets, temperature=1.0)
     choice = jnp.where(targets >= 0, jnp.argmax(wanted, axis=-1).astype(jnp.int32), NO_TARGET)
     agreed = top_hits(drafted, choice)

@@ -7,6 +7,7 @@ is wrong that should have been right.
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,6 +17,8 @@ from llm_jax.config import EngineConfig
 from llm_jax.engine.drafts import ON_DEVICE, PATIENCE, DraftLength
 from llm_jax.engine.engine import Engine
 from llm_jax.models import describe, init_params
+from llm_jax.models.draft_head import describe_draft_head, init_draft_head
+from llm_jax.ops.attention import FullContext
 from llm_jax.sharding import make_mesh
 from tests.tiny import DECODERS
 
@@ -116,6 +119,7 @@ def test_windows(tmp_path):
     assert engine.accepted_tokens == engine.drafted_tokens > 80
 
 
+@pytest.mark.slow
 def test_drafts_change_nothing(llm, expected):
     engine = serve(llm, near(llm, 0.02), expected)
     assert 0 < engine.accepted_tokens < engine.drafted_tokens
@@ -128,6 +132,44 @@ def test_models_of_other_vocabularies(llm, expected, vocab_size):
     assert engine.accepted_tokens < engine.drafted_tokens
 
 
+def small_head(llm, scale):
+    """A head that nearly repeats the newest token, and its parameters."""
+    head = describe_draft_head(llm.model.config, width=32)
+    params = init_draft_head(head, llm.mesh, jax.random.key(1))
+    down = scale * jax.random.normal(jax.random.key(2), params["down"].shape)
+    return head, dict(params, down=down)
+
+
+def test_a_head_drafts_what_its_formula_says(llm, expected):
+    """As many drafts stay as a simulation on the finished text counts, from one forward of it."""
+    head, params = small_head(llm, 0.02)
+    engine = Engine(llm, EngineConfig(**(SIZES | {"speculation": "draft_head"})), drafter=(head, params))
+    engine._drafter.cost = 0.0
+    (output,) = engine.generate(PROMPTS[:1], ASKED[:1])
+    assert output.token_ids == expected[0].token_ids
+    net, cell = llm.model.bind(llm.params), head.bind(params)
+    text = np.array([*PROMPTS[0], *output.token_ids], np.int32)
+    context = FullContext(jnp.ones((1, len(text)), jnp.int32))
+    hidden, _ = net(text[None], np.arange(len(text), dtype=np.int32)[None], context)
+    at, drafted, accepted = len(PROMPTS[0]), 0, 0
+    while at < len(text) - 1:
+        count, state, token, right = min(len(text) - at - 2, 3), hidden[0, at - 1], text[at], 0
+        for place in range(count):
+            state = cell(state[None, None], net.embed.lookup(token[None, None]))[0, 0]
+            token = np.asarray(net.unembed(state).argmax(), np.int32)
+            right += right == place and token == text[at + place + 1]
+        at, drafted, accepted = at + right + 1, drafted + count, accepted + right
+    assert (engine.drafted_tokens, engine.accepted_tokens) == (drafted, accepted)
+    assert 0 < accepted < drafted
+
+
+@pytest.mark.slow
+def test_a_head_changes_nothing(llm, expected):
+    for changes in ({}, {"pages": (9,), "preemption": "offload", "host_pages": 16}):
+        serve(llm, small_head(llm, 0.02), expected, speculation="draft_head", **changes)
+
+
+@pytest.mark.slow
 def test_what_is_compiled_ahead_is_all_there_is(llm):
     one = {"max_rows": 2, "token_budget": 16, "draft_tokens": 2, "compile_ahead": True}
     engine = Engine(llm, EngineConfig(**(SIZES | one)), drafter=near(llm, 0.02))
@@ -145,6 +187,11 @@ def test_what_is_refused(llm, tmp_path):
         Engine(llm, config, drafter=near(llm, 0, max_positions=32))
     with pytest.raises(ValueError, match=r"windows are \(16,\), the model's \(0,\)"):
         Engine(llm, config, drafter=near(llm, 0, windows=(16,) * 3))
+    heads = dataclasses.replace(config, speculation="draft_head")
+    with pytest.raises(ValueError, match="embed_dim=24 of its model; expected 48"):
+        Engine(llm, heads, drafter=small_head(near(llm, 0, embed_dim=24), 0))
+    with pytest.raises(ValueError, match="'draft_head' takes|'draft_head' what load_draft_head gives"):
+        Engine(llm, heads, drafter=llm)
     with pytest.raises(ValueError, match="its mesh is"):
         Engine(llm, config, drafter=load(tmp_path, "llama", mesh="data:2"))
 
