@@ -26,6 +26,7 @@ from llm_jax.data.tokenizer_base import Tokenizer
 from llm_jax.infer.beam import BeamOptions, Hypotheses, beam_search, check_searchable
 from llm_jax.infer.generate import Chunk, Compiled, Timing, check_lengths, generate
 from llm_jax.infer.replies import Output, Reply, best_of
+from llm_jax.infer.scoring import score, score_strictly
 from llm_jax.infer.timeline import Timeline
 from llm_jax.models import Model, Params, describe
 from llm_jax.ops.sampling import SamplingParams
@@ -278,6 +279,30 @@ class LLM:
         self.stats.ttft_s = time.perf_counter() - began - timing.compile_s  # nothing comes sooner
         self._set_rates(timing)
         return outputs
+
+    def score(
+        self, texts: Sequence[Any], *, strict: bool = False, page_size: int | None = None
+    ) -> list[list[float]]:
+        """Log probabilities of each text's tokens but the first, given those before (natural log).
+
+        texts: as the prompts of `generate`; a text of one token has none. By the forward of training, or
+        strict: bit for bit what an `Engine` with strict_numerics says of them, which is slow.
+        page_size: of that engine, 32 as in `EngineConfig` if not given.
+        Raises ValueError for texts that are longer than the model's positions, or empty.
+        """
+        if page_size is not None and not strict:
+            raise ValueError(f"page_size={page_size}: only strict scores have pages; leave it out")
+        ids = [self.encode(text) for text in texts]
+        check_lengths(self.model, ids, [0] * len(ids))
+        found: list[list[float]] = []
+        for first in range(0, len(ids), self.max_batch):
+            given = (self.model, self.params, self.mesh, ids[first : first + self.max_batch])
+            if strict:
+                rows = score_strictly(*given, self.compiled, page_size or 32)
+            else:
+                rows = score(*given, self.compiled)
+            found += [row.tolist() for row in rows]
+        return found
 
     def _fill(self, output: Output, request: SamplingParams, found: Hypotheses, row: int) -> Output:
         """The output with what a beam search found for it."""

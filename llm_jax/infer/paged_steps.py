@@ -35,6 +35,7 @@ from llm_jax.ops.sampling import (
     SamplingState,
     new_rows,
     sample,
+    token_logprobs,
     write_history,
 )
 from llm_jax.ops.speculation import speculative_accept
@@ -119,8 +120,8 @@ def make_paged_forward(model: Model, shape: StepShape, strict: bool = False) -> 
         if not shape.scored:
             return *results, None
         targets = parts["targets"]
-        scores = score_tokens(unembed, hidden, targets, MAX_LOGPROBS)
-        return *results, _chosen_bits(targets, *scores)
+        say = _score_alone if strict else score_tokens
+        return *results, _chosen_bits(targets, *say(unembed, hidden, targets, MAX_LOGPROBS))
 
     return forward
 
@@ -178,6 +179,18 @@ def _unembed(net, strict: bool, hidden: jax.Array) -> jax.Array:
     if not strict:
         return shard(net.unembed(hidden), "batch", None, None)
     return jax.lax.map(lambda x: net.unembed(x[:, None])[:, 0], hidden.swapaxes(0, 1)).swapaxes(0, 1)
+
+
+def _score_alone(unembed: Callable, hidden: jax.Array, targets: jax.Array, alternatives: int):
+    """`score_tokens` a token at a time, by the code that a chosen token's log probability is from."""
+
+    def one(piece):
+        hidden, targets = piece
+        logits = jax.lax.optimization_barrier(unembed(hidden[:, None]))
+        return jax.vmap(lambda x, token: token_logprobs(x, token[None], alternatives))(logits, targets)
+
+    found = jax.lax.map(one, (hidden.swapaxes(0, 1), targets.T))
+    return jax.tree.map(lambda x: x[:, :, 0].swapaxes(0, 1), found)
 
 
 def _chosen_bits(tokens, logprob=None, top_ids=None, top_logprobs=None) -> jax.Array:
