@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from llm_jax.engine.pages import PagePool, PoolSpec
+from llm_jax.engine.pages import HostPages, PagePool, PoolSpec
 from llm_jax.engine.prefix import PrefixCache
 
 SIZE = 4

@@ -72,6 +72,7 @@ class Device:
         return tokens, stopped
 
     def _move(self, plan):
+        assert len({(pool, host) for pool, _, host in plan.offloads}) == len(plan.offloads)
         held = [(pool, host, dict(self.pages[pool, page])) for pool, page, host in plan.offloads]
         self.host.update({(pool, host): content for pool, host, content in held})
         for moves in (plan.copies, [(pool, page, host) for pool, page, host in plan.restores]):
@@ -145,6 +146,7 @@ class Harness:
         self.scheduler, self.device = Scheduler(config, self.clock), Device(config)
         self.open = collections.deque()  # (plan, tokens, stopped)
         self.ended, self.beams, self.begun = [], set(), 0
+        self.host_pages = config.host_pages + config.prefix_host_pages
 
     def add(self, prompt, new, **options):
         self.begun += 1
@@ -195,7 +197,7 @@ class Harness:
         self.check()
         load = self.scheduler.load()
         assert load.free_pages == load.total_pages and load.running == load.waiting == 0
-        assert all(free == self.config.host_pages for free in load.free_host_pages)
+        assert all(free == self.host_pages for free in load.free_host_pages)
 
     def check(self):
         """Every page is accounted for."""
@@ -213,8 +215,32 @@ class Harness:
             assert pool.free == references.count(0)
             assert pool.available == pool.pages - 1 - len(users)
             hosts = [p for s in scheduler.waiting for p in (s.host or [[]] * 9)[index] if p >= 0]
-            assert len(set(hosts)) == len(hosts) == self.config.host_pages - len(scheduler._host[index])
+            hosts += scheduler.prefix._host_owner[index]
+            free = scheduler._hosts[index]._free
+            assert sorted(hosts + free) == list(range(self.host_pages))
+            assert scheduler._hosts[index].kept <= self.config.prefix_host_pages
         assert kept == len(scheduler.prefix)
+        self.check_prefixes()
+
+    def check_prefixes(self):
+        """Every page of the tree, here or on the host, holds the tokens that its node stands for."""
+        nodes = [(root, hash(adapter)) for adapter, root in self.scheduler.prefix._roots.items()]
+        seen = 0
+        while nodes:
+            node, content = nodes.pop()
+            chain = {}
+            for offset, token in enumerate(node.key):
+                content = chain[offset] = hash((content, token))
+            for pool, (page, host) in enumerate(zip(node.pages, node.hosts, strict=True)):
+                assert page < 0 or host < 0
+                assert page < 0 or self.device.pages[pool, page] == chain
+                assert host < 0 or self.device.host[pool, host] == chain
+                seen += (page >= 0) + (host >= 0)
+            nodes += [(child, content) for child in node.children.values()]
+        counts = self.scheduler.prefix.statistics
+        there = sum(hosts.kept for hosts in self.scheduler._hosts)
+        assert seen == len(self.scheduler.prefix) + there
+        assert counts.offloaded == counts.restored + counts.dropped + there
 
     def _take(self, events):
         for event in events:
@@ -247,7 +273,7 @@ POOLS = [
 
 def random_config(draw):
     """A small SchedulerConfig; draw(list) picks one of a list."""
-    offload = draw([False, True])
+    offload, prefix_cache = draw([False, True]), draw([True, True, True, False])
     rows, alignment = draw([1, 3, 6]), draw([1, 4])
     return SchedulerConfig(
         max_rows=rows,
@@ -256,11 +282,12 @@ def random_config(draw):
         pools=draw(POOLS),
         max_length=30,
         max_queue=draw([3, 12]),
-        prefix_cache=draw([True, True, False]),
+        prefix_cache=prefix_cache,
         alignment=alignment,
         chunk_tokens=draw([0, 4, 8]),
         preemption="offload" if offload else "recompute",
         host_pages=draw([6, 40]) if offload else 0,
+        prefix_host_pages=draw([0, 1, 5, 30]) if prefix_cache else 0,
         aging_s=draw([0.5, 10.0, float("inf")]),
         watermark=draw([0.0, 0.1]),
     )
