@@ -538,7 +538,7 @@ class Scheduler:
         sequence.pages, sequence.host = sequence.host, []
 
     def _move_prefixes(self, plan: StepPlan) -> None:
-        """Have the plan move the pages that the prefix cache gave up, or took back, while it was made."""
+        """Have the plan move the pages that the prefix cache gave up or took back meanwhile."""
         offloads, restores = self.prefix.moves()
         plan.offloads += offloads
         plan.restores += restores

@@ -414,6 +414,8 @@ def rows(plan):
         {"preemption": "swap"},
         {"host_pages": 4},
         {"preemption": "offload"},
+        {"prefix_host_pages": -1},
+        {"prefix_host_pages": 4, "prefix_cache": False},
         {"aging_s": 0.0},
         {"watermark": 1.0},
     ],
@@ -558,6 +560,62 @@ def test_one_prefix_is_computed_once():
     assert later.tokens == 64 and all(row.start >= 512 for row in later.rows)
     h.drain()
     assert h.scheduler.statistics.hit_tokens == 63 * 512
+
+
+def serve(h, id, prompt):
+    """One request, to its end; its first plan."""
+    h.scheduler.add(Request(id, prompt, 2))
+    plan = h.plan()
+    h.drain()
+    return plan
+
+
+def test_a_prefix_comes_back_from_the_host():
+    h = harness(pools=(PoolSpec(10),), prefix_host_pages=20, watermark=0.0)
+    serve(h, "a", (1,) * 33)
+    plan = serve(h, "b", (2,) * 33)
+    assert len(plan.offloads) == 8 and not plan.restores
+    plan = serve(h, "c", (1,) * 33)
+    assert rows(plan) == [("c", 0, 32, 1)] and len(plan.restores) == 8
+    statistics = h.scheduler.prefix.statistics
+    assert (statistics.hit_tokens, statistics.host_hit_tokens) == (32, 32)
+    assert h.scheduler.statistics.host_hit_tokens == 32
+    assert (statistics.offloaded, statistics.restored, statistics.dropped) == (16, 8, 0)
+
+
+def test_two_begin_with_one_prefix_from_the_host():
+    h = harness(pools=(PoolSpec(14),), prefix_host_pages=20, watermark=0.0)
+    serve(h, "a", (1,) * 33)
+    serve(h, "b", (2,) * 49)
+    for id in ("c", "d"):
+        h.scheduler.add(Request(id, (1,) * 33, 2))
+    plan = h.plan()
+    assert rows(plan) == [("c", 0, 32, 1), ("d", 0, 32, 1)] and len(plan.restores) == 8
+    assert h.scheduler.running[0].pages[0][:8] == h.scheduler.running[1].pages[0][:8]
+    h.drain()
+    assert h.scheduler.statistics.host_hit_tokens == 32 < h.scheduler.statistics.hit_tokens
+
+
+@pytest.mark.parametrize("kept, found", [(1, 4), (3, 12), (5, 20)])
+def test_the_beginning_of_a_prefix_stays_on_a_small_host(kept, found):
+    h = harness(pools=(PoolSpec(10),), prefix_host_pages=kept, watermark=0.0)
+    serve(h, "a", (1,) * 33)
+    plan = serve(h, "b", (2,) * 33)
+    assert len(plan.offloads) == kept, "what would be forgotten in this very plan is not moved"
+    assert h.scheduler.prefix.match((1,) * 33).tokens == found
+
+
+def test_preempted_sequences_take_the_host_pages_of_prefixes():
+    sizes = {"host_pages": 1, "prefix_host_pages": 19}
+    h = harness(pools=(PoolSpec(14),), preemption="offload", watermark=0.0, **sizes)
+    for i in range(4):
+        h.scheduler.add(Request(f"{i}", (i,) * 8, 30))
+    while not h.scheduler.idle:
+        h.commit() if len(h.open) == 2 or h.plan() is None else None
+        h.check()
+    assert h.scheduler.statistics.offloads == h.scheduler.statistics.preemptions > 0
+    assert h.scheduler.prefix.statistics.dropped > 0
+    h.drain()
 
 
 def test_prefix_of_another_adapter_is_not_shared():
