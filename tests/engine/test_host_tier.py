@@ -1,7 +1,8 @@
 """Prefixes that were forgotten on the device come back from the host, and change no token."""
 
+import functools
+
 import jax
-import numpy as np
 import pytest
 
 from llm_jax import LLM, Engine, EngineConfig, SamplingParams
@@ -11,12 +12,14 @@ from llm_jax.sharding import make_mesh
 
 SLOW = pytest.mark.slow
 VOCAB = 64
-ASKED = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True, logprobs=0)
+ASKED = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
 PREFIXES = [[(7 * i + j) % 50 + 5 for j in range(32)] for i in range(4)]
 PROMPTS = [[*prefix, 60, tail] for tail in (1, 2) for prefix in PREFIXES]  # each prefix two times
-SIZES = {"max_rows": 2, "token_budget": 32, "max_length": 48, "page_size": 8, "compile_ahead": False}
+MIXED, FEW = (16, 0), (9, 11)  # windows of two layers; pages for little more than one prompt
+SIZES = {"max_rows": 1, "token_budget": 48, "max_length": 48, "page_size": 8, "compile_ahead": False}
 
 
+@functools.cache
 def made(windows=(), mesh="data:1"):
     """A small random model; windows: of its two layers."""
     sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "mlp_dim": 64, "max_positions": 48}
@@ -36,52 +39,46 @@ def served(llm, **changes):
     return outputs, engine
 
 
-def same(outputs, wanted):
-    assert [x.token_ids for x in outputs] == [x.token_ids for x in wanted]
-    for ours, theirs in zip(outputs, wanted, strict=True):
-        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
+def tokens(outputs):
+    return [output.token_ids for output in outputs]
 
 
 @pytest.mark.parametrize(
     ("windows", "pages", "changes"),
     [
-        ((), (13,), {}),
-        ((16, 0), (11, 13), {}),
-        pytest.param((16, 16), (11,), {}, marks=SLOW),
-        pytest.param((), (13,), {"overlap": False}, marks=SLOW),
-        pytest.param((), (10,), {"preemption": "offload", "host_pages": 4}, marks=SLOW),
+        (MIXED, FEW, {}),
+        pytest.param((), (11,), {}, marks=SLOW),
+        pytest.param((16, 16), (9,), {}, marks=SLOW),
+        pytest.param((), (13,), {"max_rows": 2, "token_budget": 32}, marks=SLOW),
+        pytest.param((), (10,), {"max_rows": 2, "preemption": "offload", "host_pages": 4}, marks=SLOW),
     ],
 )
 def test_the_same_tokens_with_few_pages(windows, pages, changes):
-    llm = made(windows)
-    outputs, engine = served(llm, pages=pages, prefix_host_pages=40, **changes)
-    same(outputs, llm.generate(PROMPTS, ASKED))
+    outputs, engine = served(made(windows), pages=pages, prefix_host_pages=40, **changes)
+    assert tokens(outputs) == tokens(made(windows).generate(PROMPTS, ASKED))
     counts = engine.schedulers[0].prefix.statistics
-    assert counts.host_hit_tokens > 0 and counts.restored > 0
+    assert counts.host_hit_tokens > 0 and counts.dropped == 0
     assert engine.schedulers[0].statistics.host_hit_tokens == counts.host_hit_tokens
 
 
-def test_an_int8_cache_takes_its_scales_along():
-    llm = made()
-    outputs, engine = served(llm, pages=(13,), prefix_host_pages=40, cache_dtype="int8")
-    wanted, large = served(llm, pages=(80,), cache_dtype="int8")
-    same(outputs, wanted)
-    hits, all_hits = (x.schedulers[0].prefix.statistics for x in (engine, large))
-    assert hits.hit_tokens == all_hits.hit_tokens >= hits.host_hit_tokens > all_hits.host_hit_tokens == 0
-
-
 def test_a_small_host_forgets():
-    llm = made()
-    outputs, engine = served(llm, pages=(13,), prefix_host_pages=3)
-    same(outputs, llm.generate(PROMPTS, ASKED))
+    outputs, engine = served(made(MIXED), pages=FEW, prefix_host_pages=10)
+    assert tokens(outputs) == tokens(made(MIXED).generate(PROMPTS, ASKED))
     counts = engine.schedulers[0].prefix.statistics
-    assert counts.offloaded - counts.restored - counts.dropped <= 3 and counts.dropped > 0
+    assert counts.dropped > 0 < counts.restored
+
+
+def test_an_int8_cache_takes_its_scales_along():
+    outputs, engine = served(made(MIXED), pages=FEW, prefix_host_pages=40, cache_dtype="int8")
+    wanted, alone = served(made(MIXED), pages=FEW, cache_dtype="int8")
+    assert tokens(outputs) == tokens(wanted)
+    hits = [x.schedulers[0].prefix.statistics.host_hit_tokens for x in (engine, alone)]
+    assert hits == [4 * 32, 0], "all that comes a second time"
 
 
 @SLOW
 @pytest.mark.parametrize("mesh", ["data:2", "data:2,tensor:2"])
 def test_meshes(mesh):
-    wanted = made().generate(PROMPTS, ASKED)
     outputs, engine = served(made(mesh=mesh), pages=(8,), prefix_host_pages=40)
-    same(outputs, wanted)
+    assert tokens(outputs) == tokens(made().generate(PROMPTS, ASKED))
     assert all(s.prefix.statistics.host_hit_tokens > 0 for s in engine.schedulers)
