@@ -111,7 +111,8 @@ def test_meshes(expected, mesh):
 
 
 def test_nothing_is_compiled_after_the_beginning(llm, expected):
-    serving = engine(llm, compile_ahead=True, max_rows=2, pages=(8,), prefix_host_pages=8)
+    few = {"max_rows": 2, "page_size": 8, "pages": (8,), "max_length": 56, "prefix_host_pages": 20}
+    serving = engine(llm, compile_ahead=True, **few)
     assert serving.programs.misses == 0
     same(serving.generate(TEXTS, GREEDY), expected["greedy"])
     serving.generate(TEXTS, VARIED)

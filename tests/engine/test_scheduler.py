@@ -77,6 +77,8 @@ class Device:
         self.host.update({(pool, host): content for pool, host, content in held})
         for moves in (plan.copies, [(pool, page, host) for pool, page, host in plan.restores]):
             assert len({(m[0], m[2]) for m in moves}) == len(moves)
+        for pool, page, _ in plan.restores:
+            assert any(page in row.sequence.pages[pool] for row in plan.rows), "restored for nobody"
         copied = [(pool, to, dict(self.pages[pool, source])) for pool, source, to in plan.copies]
         self.pages.update({(pool, to): content for pool, to, content in copied})
         self.pages.update({(pool, to): self.host.pop((pool, host)) for pool, to, host in plan.restores})
