@@ -430,7 +430,7 @@ class Scheduler:
             pages += new
         return True
 
-    def _slide(self, spec: PoolSpec, pool: PagePool, pages: list[int], start: int) -> None:
+    def _slide(self, spec: PoolSpec, pool: PagePool | HostPages, pages: list[int], start: int) -> None:
         """Release the pages of a pool with a window that tokens from `start` on do not see."""
         hidden = max(0, start - spec.window + 1) // self.config.page_size
         for at in range(hidden - 1, -1, -1):
@@ -520,9 +520,11 @@ class Scheduler:
         return True
 
     def _trim_host(self, sequence: Sequence) -> None:
-        """Free the host pages of a draft that was judged after it was offloaded."""
+        """Free the host pages of no use since a draft was judged: refused, or seen no more."""
         whole = self._pages(sequence.computed)
-        for host, pages in zip(self._hosts, sequence.host, strict=True):
+        for spec, host, pages in zip(self.config.pools, self._hosts, sequence.host, strict=True):
+            if spec.window:
+                self._slide(spec, host, pages, sequence.computed)
             for page in pages[whole:]:
                 host.release(page)
             del pages[whole:]
