@@ -26,6 +26,8 @@ class EngineConfig:
         prefix_cache: requests share the pages of a common beginning, also with earlier ones.
         preemption: what happens to a sequence when pages run out: "recompute" or "offload" to the host.
         host_pages: of each pool, for "offload".
+        prefix_host_pages: of each pool, in host memory: the prefix cache moves there what it would
+            forget, and back; 0 = it forgets. Offloaded sequences may take them.
         aging_s: seconds of waiting that are worth one priority.
         overlap: plan a step while the one before runs.
         speculation: "off"; "prompt_lookup": propose what followed the same words before; "draft_model":
@@ -56,6 +58,7 @@ class EngineConfig:
     prefix_cache: bool = True
     preemption: str = "recompute"
     host_pages: int = 0
+    prefix_host_pages: int = 0
     aging_s: float = 10.0
     overlap: bool = True
     speculation: str = "off"
@@ -73,7 +76,7 @@ class EngineConfig:
         sizes = ("max_rows", "token_budget", "page_size", "max_queue", "draft_tokens", "adapter_rank")
         for name in sizes:
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("max_length", "host_pages", "seed", "adapters"):
+        for name in ("max_length", "host_pages", "prefix_host_pages", "seed", "adapters"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(all(n >= 2 for n in self.pages), "pages", self.pages, "at least 2 of each pool")
         require(

@@ -60,6 +60,8 @@ from llm_jax.sharding import data_shards
 
 logger = logging.getLogger(__name__)
 
+TAKEN = 4  # batches of pages that may be on their way to the host; they take device memory
+
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
@@ -147,6 +149,7 @@ class Engine:
             alignment=self._alignment,
             preemption=self.config.preemption,
             host_pages=self.config.host_pages,
+            prefix_host_pages=self.config.prefix_host_pages,
             aging_s=self.config.aging_s,
         )
         self.schedulers = [self._scheduler(settings, d) for d in range(self._shards)]
@@ -169,6 +172,7 @@ class Engine:
             self._drafter.prepare(buckets, self._caches[1:], self._slots)
             compiled.append(self._drafter.programs)
         self._host: dict[tuple[int, int, int], list[np.ndarray]] = {}  # by shard, pool, host page
+        self._taken: collections.deque[tuple[int, np.ndarray, Any]] = collections.deque()
         if self.config.compile_ahead:
             for programs in compiled:
                 programs.compile_all()
@@ -543,26 +547,41 @@ class Engine:
 
     def _move_pages(self, plans: list[StepPlan | None]) -> None:
         """Copies between pages, to the host and back, as the plans want them before their rows."""
+        self._land_pages()
         for pool in range(len(self._caches[0].pools)):
             of_pool = lambda name, pool=pool: [  # noqa: E731
                 [pair for p, *pair in getattr(plan, name) if p == pool] if plan else [] for plan in plans
             ]
             for pairs in _batches(of_pool("offloads")):
                 content = self.programs.take_pages(pool)(self._caches, pairs[..., 0].copy())
-                self._keep(pool, pairs[..., 1], jax.tree.map(np.asarray, content))
+                for array in jax.tree.leaves(content):
+                    array.copy_to_host_async()
+                self._taken.append((pool, pairs[..., 1], content))
+                self._land_pages(TAKEN)
             for pairs in _batches(of_pool("copies"), SCRATCH):
                 copy = self.programs.copy_pages(pool)
                 self._caches = copy(self._caches, pairs[..., 0].copy(), pairs[..., 1].copy())
             for pairs in _batches(of_pool("restores")):
+                self._land_pages()
                 content = self._kept(pool, pairs[..., 1])
                 self._caches = self.programs.put_pages(pool)(self._caches, pairs[..., 0].copy(), content)
+
+    def _land_pages(self, left: int = 0) -> None:
+        """Wait for pages on their way to the host, but for the `left` newest batches.
+
+        A plan's arrive while its step runs; so the next step is still planned beside it.
+        """
+        while len(self._taken) > left:
+            pool, hosts, content = self._taken.popleft()
+            self._keep(pool, hosts, jax.tree.map(np.asarray, content))
 
     def _keep(self, pool: int, hosts: np.ndarray, content: Any) -> None:
         """Pages of a pool, [L, D n, ...], in host memory as `hosts` [D, n]; -1 is none."""
         for i, (d, n) in enumerate(np.ndindex(hosts.shape)):
-            arrays = [x[:, i].copy() for x in jax.tree.leaves(content)]
             if hosts[d, n] >= 0:
-                self._host[d, pool, int(hosts[d, n])] = arrays
+                self._host[d, pool, int(hosts[d, n])] = [
+                    x[:, i].copy() for x in jax.tree.leaves(content)
+                ]
 
     def _kept(self, pool: int, hosts: np.ndarray) -> Any:
         """What `_keep` was given."""

@@ -2,7 +2,8 @@
 
 A page is free, used by some sequences, or idle: kept by the prefix cache while no sequence uses it. Idle
 pages are as good as free ones: `allocate` takes those idle for longest when the free ones run out. So
-nothing here searches, and `available` is a sum of two numbers.
+nothing here searches, and `available` is a sum of two numbers. `HostPages` does the same for copies of
+pages in host memory.
 """
 
 import collections
@@ -102,3 +103,74 @@ class PagePool:
         if page in self._idle:
             del self._idle[page]
             self._free.append(page)
+
+
+class HostPages:
+    """Host pages of one pool: held by preempted sequences, or kept by the prefix cache, which gives way.
+
+    A page that a restore reads can be written again only in a later step, as the offloads of a step go
+    before its restores. So it rests until `settle`.
+    """
+
+    def __init__(self, pages: int, most_kept: int):
+        self.evict: Callable[[int], None] | None = None  # by the prefix cache: must drop the page
+        self._most_kept = most_kept
+        self._free = list(range(pages))
+        self._kept: collections.OrderedDict[int, None] = collections.OrderedDict()  # oldest first
+        self._resting: list[int] = []
+
+    @property
+    def available(self) -> int:
+        """Pages that `take` can give: the free and the kept ones."""
+        return len(self._free) + len(self._kept)
+
+    @property
+    def kept(self) -> int:
+        """Pages of the prefix cache."""
+        return len(self._kept)
+
+    def take(self, n: int) -> list[int]:
+        """n pages for a sequence; OutOfPages (and nothing changed) where fewer are available."""
+        if n > self.available:
+            raise OutOfPages(f"{n} host pages asked for, {self.available} available")
+        while len(self._free) < n:
+            self._evict_oldest()
+        return [self._free.pop() for _ in range(n)]
+
+    def release(self, page: int) -> None:
+        """A sequence needs a page no more."""
+        self._free.append(page)
+
+    def make_room(self) -> bool:
+        """Whether the prefix cache may keep one page more, be it instead of its oldest, which goes."""
+        if len(self._kept) < self._most_kept and self._free:
+            return True
+        if not self._kept:
+            return False
+        self._evict_oldest()
+        return True
+
+    def keep(self) -> int:
+        """A page for the prefix cache, after `make_room`."""
+        page = self._free.pop()
+        self._kept[page] = None
+        return page
+
+    def drop(self, page: int) -> None:
+        """The prefix cache lets go of a page."""
+        del self._kept[page]
+        self._free.append(page)
+
+    def rest(self, page: int) -> None:
+        """Who had a page has it restored, in the plan that is being made."""
+        self._kept.pop(page, None)
+        self._resting.append(page)
+
+    def settle(self) -> None:
+        """The plan is made: pages that its restores read are free for the next one."""
+        self._free += self._resting
+        self._resting = []
+
+    def _evict_oldest(self) -> None:
+        assert self.evict is not None, "only a cache keeps pages"
+        self.evict(next(iter(self._kept)))

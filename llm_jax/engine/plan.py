@@ -23,6 +23,7 @@ class SchedulerConfig:
     chunk_tokens: int = 0  # of a row in a step at most; 0 = the budget
     preemption: str = "recompute"  # or "offload": to host pages, while there are any
     host_pages: int = 0  # for each pool
+    prefix_host_pages: int = 0  # likewise, for prefixes that would be forgotten; preempted ones go first
     aging_s: float = 10.0  # seconds in which a request gains one priority; inf: never
     watermark: float = 0.01  # share of each pool that admissions leave to the running sequences
 
@@ -57,6 +58,11 @@ class SchedulerConfig:
             raise ValueError(
                 f"host_pages={self.host_pages} with preemption={self.preemption!r}: offload needs host "
                 "pages, recompute has no use for them"
+            )
+        if self.prefix_host_pages < 0 or (self.prefix_host_pages and not self.prefix_cache):
+            raise ValueError(
+                f"prefix_host_pages={self.prefix_host_pages} with prefix_cache={self.prefix_cache}: "
+                "expected 0, or more with prefix_cache=True"
             )
         if not self.aging_s > 0:
             raise ValueError(f"aging_s={self.aging_s}: must be more than 0 seconds (inf: no aging)")
@@ -135,6 +141,7 @@ class Statistics:
     copied_pages: int = 0
     deferred: int = 0  # admissions put off as their prefix was being computed
     hit_tokens: int = 0  # from the prefix cache
+    host_hit_tokens: int = 0  # of those, by pages that were on the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,4 +153,4 @@ class Load:
     waiting_tokens: int  # to compute before the waiting ones can go on
     free_pages: tuple[int, ...]  # free or idle
     total_pages: tuple[int, ...]
-    free_host_pages: tuple[int, ...]
+    free_host_pages: tuple[int, ...]  # free or kept for prefixes

@@ -8,13 +8,17 @@ Kept pages that no sequence uses are idle (pages.py), and the pool evicts them b
 longest first. A sequence releases its last page first, so leaves go before their parents. Without its
 page in a pool of full attention a node is of no use, nor is what lies below: they leave the tree
 together. Without one in a pool with a window it still is: tokens far enough after it do not see it.
+
+With a host tier the content of an evicted page goes to a host page, and its node stays. When a sequence
+begins with it (`use`) it comes back, to a device page that is shared as before. A node has a page of a
+pool on the device or on the host, never on both. The host pages that came first are forgotten first.
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
 
-from llm_jax.engine.pages import PagePool, PoolSpec
+from llm_jax.engine.pages import HostPages, PagePool, PoolSpec
 
 
 @dataclasses.dataclass
@@ -24,41 +28,75 @@ class PrefixStatistics:
     queries: int = 0  # sequences that began with `use`
     query_tokens: int = 0
     hit_tokens: int = 0  # of those, taken from here
-    evictions: int = 0  # pages, of all pools
+    host_hit_tokens: int = 0  # of those, by pages that were on the host
+    evictions: int = 0  # device pages, of all pools
+    offloaded: int = 0  # of those, to host pages
+    restored: int = 0  # host pages, to device pages
+    dropped: int = 0  # host pages that were forgotten, or computed again
 
 
 class Node:
     """A page of tokens. parent: None for a root, and for a node that has left the tree."""
 
-    __slots__ = ("children", "depth", "key", "pages", "parent")
+    __slots__ = ("children", "depth", "hosts", "key", "pages", "parent")
 
     def __init__(self, key: tuple[int, ...], parent: "Node | None", pools: int):
         self.key = key
         self.parent = parent
         self.depth = parent.depth + 1 if parent else 0
         self.pages = [-1] * pools
+        self.hosts = [-1] * pools
         self.children: dict[tuple[int, ...], Node] = {}
+
+    def has(self, pool: int) -> bool:
+        """Whether its keys and values of a pool are anywhere."""
+        return self.pages[pool] >= 0 or self.hosts[pool] >= 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether it is a leaf without a page."""
+        return not self.children and max(self.pages) < 0 and max(self.hosts) < 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """What is there of a sequence that is to begin: so many tokens, in pages by pool."""
+
+    tokens: int
+    pages: list[list[int]]  # -1: on the host, or not seen from there on
+    hosts: list[list[int]]  # as long as `pages`; -1: not on the host, or not seen
+    nodes: Sequence[Node] = ()  # of each page, where the prefix cache has found it
 
 
 class PrefixCache:
-    """The tree over the pages of `pools`, one of each spec."""
+    """The tree over the pages of `pools`, one of each spec, and over the `hosts` pages of each."""
 
-    def __init__(self, page_size: int, specs: Sequence[PoolSpec], pools: Sequence[PagePool]):
+    def __init__(
+        self,
+        page_size: int,
+        specs: Sequence[PoolSpec],
+        pools: Sequence[PagePool],
+        hosts: Sequence[HostPages],
+    ):
         self.page_size = page_size
         self.statistics = PrefixStatistics()
         self._windows = [spec.window for spec in specs]
-        self._pools = pools
+        self._pools, self._hosts = pools, hosts
         self._roots: dict[str | None, Node] = {}
         self._owner: list[dict[int, Node]] = [{} for _ in pools]
-        for index, pool in enumerate(pools):
+        self._host_owner: list[dict[int, Node]] = [{} for _ in pools]
+        self._offloads: dict[tuple[int, int], int] = {}  # of the next `moves`: pool, host: device page
+        self._restores: list[tuple[int, int, int]] = []
+        for index, (pool, host) in enumerate(zip(pools, hosts, strict=True)):
             pool.evict = functools.partial(self._evict, index)
+            host.evict = functools.partial(self._evict_host, index)
 
     def __len__(self) -> int:
-        """Pages kept, of all pools."""
+        """Device pages kept, of all pools."""
         return sum(map(len, self._owner))
 
-    def match(self, tokens: Sequence[int], adapter: str | None = None) -> tuple[int, list[list[int]]]:
-        """The longest known prefix: its tokens, and its pages by pool (-1: not seen from there on).
+    def match(self, tokens: Sequence[int], adapter: str | None = None) -> Match:
+        """The longest known prefix.
 
         Whole pages, and at least one token is left over. In a pool with a window, the pages that the
         next token sees must all be there. Takes no reference: `use` does.
@@ -70,22 +108,50 @@ class PrefixCache:
             if node is None:
                 break
             path.append(node)
-        best = self._without_gap(path)
-        pages = [[node.pages[index] for node in path[:best]] for index in range(len(self._pools))]
-        for held, window in zip(pages, self._windows, strict=True):
-            hidden = self._hidden(window, best)
-            held[:hidden] = [-1] * hidden
-        return best * self.page_size, pages
+        path = path[: self._without_gap(path)]
+        pages, hosts = [], []
+        for index, window in enumerate(self._windows):
+            hidden = self._hidden(window, len(path))
+            pages.append([-1] * hidden + [node.pages[index] for node in path[hidden:]])
+            hosts.append([-1] * hidden + [node.hosts[index] for node in path[hidden:]])
+        return Match(len(path) * self.page_size, pages, hosts, path)
 
-    def use(self, tokens: int, matched: int, pages: Sequence[Sequence[int]]) -> None:
-        """A sequence of so many tokens begins with what `match` found for it: one user more each."""
+    def use(self, tokens: int, match: Match) -> list[list[int]]:
+        """A sequence of so many tokens begins with what `match` found just now: its pages by pool.
+
+        They have one user more each. OutOfPages where device pages lack for those on the host.
+        """
         self.statistics.queries += 1
         self.statistics.query_tokens += tokens
-        self.statistics.hit_tokens += matched
-        for pool, held in zip(self._pools, pages, strict=True):
-            for page in held:
+        self.statistics.hit_tokens += match.tokens
+        back = sum(max(hosts) >= 0 for hosts in zip(*match.hosts, strict=True))
+        self.statistics.host_hit_tokens += back * self.page_size
+        for pool, host, pages, hosts in zip(
+            self._pools, self._hosts, match.pages, match.hosts, strict=True
+        ):
+            for page in pages:
                 if page >= 0:
                     pool.share(page)
+            for page in hosts:
+                if page >= 0:
+                    host.rest(page)
+        # What is used is safe now from what `_restore` evicts.
+        for index, (pages, hosts) in enumerate(zip(match.pages, match.hosts, strict=True)):
+            for at, page in enumerate(hosts):
+                if page >= 0:
+                    pages[at] = self._restore(match.nodes[at], index)
+        return match.pages
+
+    def moves(self) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+        """Offloads and restores (pool, device page, host page) since the last time, for one StepPlan."""
+        offloads = [(pool, page, host) for (pool, host), page in self._offloads.items()]
+        restores = self._restores
+        self._offloads, self._restores = {}, []
+        self.statistics.offloaded += len(offloads)
+        self.statistics.restored += len(restores)
+        for host in self._hosts:
+            host.settle()
+        return offloads, restores
 
     def insert(
         self,
@@ -121,6 +187,7 @@ class PrefixCache:
         return node
 
     def _keep(self, node: Node, index: int, page: int) -> None:
+        self._drop_host(node, index)
         self._pools[index].keep(page)
         self._owner[index][page] = node
         node.pages[index] = page
@@ -133,7 +200,7 @@ class PrefixCache:
             for index, window in enumerate(self._windows):
                 if window:
                     seen = range(depth - 1, self._hidden(window, depth) - 1, -1)
-                    depth = next((at for at in seen if path[at].pages[index] < 0), depth)
+                    depth = next((at for at in seen if not path[at].has(index)), depth)
         return depth
 
     def _hidden(self, window: int, depth: int) -> int:
@@ -141,12 +208,37 @@ class PrefixCache:
         return max(0, depth * self.page_size - window + 1) // self.page_size if window else 0
 
     def _evict(self, index: int, page: int) -> None:
-        """Let go of an idle page, and of what is of no use without it."""
+        """Have the content of an idle page on the host, or forget it."""
         node = self._owner[index][page]
+        room = self._hosts[index].make_room()  # what was forgotten for it may have been above the node
+        if node.pages[index] != page:
+            return
+        if not room:
+            self._forget_page(node, index)
+            return
+        self._drop(node, index)
+        host = node.hosts[index] = self._hosts[index].keep()
+        self._host_owner[index][host] = node
+        self._offloads[index, host] = page
+
+    def _evict_host(self, index: int, page: int) -> None:
+        self._forget_page(self._host_owner[index][page], index)
+
+    def _restore(self, node: Node, index: int) -> int:
+        """A device page, with one user, for the content of a node's host page, which rests."""
+        (page,) = self._pools[index].allocate(1)
+        host, node.hosts[index] = node.hosts[index], -1
+        del self._host_owner[index][host]
+        self._keep(node, index, page)
+        self._restores.append((index, page, host))
+        return page
+
+    def _forget_page(self, node: Node, index: int) -> None:
+        """Let go of a node's page of a pool, wherever it is, and of what is of no use without it."""
         if self._windows[index]:
             self._drop(node, index)
-            if not node.children and max(node.pages) < 0:
-                self._prune(node)
+            self._drop_host(node, index)
+            self._prune(node)
             return
         assert node.parent is not None, "a root holds no page"
         del node.parent.children[node.key]
@@ -162,6 +254,7 @@ class PrefixCache:
             node.children = {}
             for pool in range(len(self._pools)):
                 self._drop(node, pool)
+                self._drop_host(node, pool)
 
     def _drop(self, node: Node, index: int) -> None:
         page = node.pages[index]
@@ -171,9 +264,18 @@ class PrefixCache:
             self._pools[index].drop(page)
             self.statistics.evictions += 1
 
+    def _drop_host(self, node: Node, index: int) -> None:
+        page = node.hosts[index]
+        if page >= 0:
+            node.hosts[index] = -1
+            del self._host_owner[index][page]
+            self._hosts[index].drop(page)
+            if self._offloads.pop((index, page), None) is None:  # else it never got there
+                self.statistics.dropped += 1
+
     def _prune(self, node: Node) -> None:
         """Take an empty leaf out, and the parents that are empty leaves then: all pools have windows."""
-        while node.parent is not None and not node.children and max(node.pages) < 0:
+        while node.parent is not None and node.empty:
             parent, node.parent = node.parent, None
             del parent.children[node.key]
             node = parent

@@ -232,9 +232,8 @@ class Programs(Compiled):
         single = [shape.samples for shape in shapes if shape.samples == shape.rows]
         work += [("choose", n, tier) for n in sorted(set(single)) for tier in TIERS]
         work += [("write_slots",), ("write_masks",), ("write_history",)]
-        of_pages = (
-            ("copy_pages", "take_pages", "put_pages") if self._config.host_pages else ("copy_pages",)
-        )
+        to_host = self._config.host_pages or self._config.prefix_host_pages
+        of_pages = ("copy_pages", "take_pages", "put_pages") if to_host else ("copy_pages",)
         return work + [(name, pool) for name in of_pages for pool in range(self.buckets.pools)]
 
     def _build(self, key: Any) -> tuple[Any, tuple]:

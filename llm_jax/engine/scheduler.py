@@ -19,9 +19,9 @@ import collections
 import heapq
 from collections.abc import Callable, Collection, Mapping
 
-from llm_jax.engine.pages import PagePool, PoolSpec
+from llm_jax.engine.pages import HostPages, PagePool, PoolSpec
 from llm_jax.engine.plan import Event, Load, Row, SchedulerConfig, Statistics, StepPlan
-from llm_jax.engine.prefix import PrefixCache
+from llm_jax.engine.prefix import Match, PrefixCache
 from llm_jax.engine.request import Reason, Request, Sequence
 
 PIPELINE = 2  # plans that may await their commit
@@ -46,13 +46,14 @@ class Scheduler:
         self.config = config
         self._may_begin = may_begin  # asked by rank of what else could run now; False: others pass by it
         self.pools = [PagePool(spec.pages) for spec in config.pools]
-        self.prefix = PrefixCache(config.page_size, config.pools, self.pools)
+        host_pages = config.host_pages + config.prefix_host_pages
+        self._hosts = [HostPages(host_pages, config.prefix_host_pages) for _ in self.pools]
+        self.prefix = PrefixCache(config.page_size, config.pools, self.pools, self._hosts)
         self.statistics = Statistics()
         self._clock = clock
         self._waiting: list[Sequence] = []  # by rank, as is _running; a leader stands for its siblings
         self._running: list[Sequence] = []
         self._slots = list(range(config.max_rows))  # free ones, a heap
-        self._host = [list(range(config.host_pages)) for _ in self.pools]  # free host pages
         self._live: dict[str, list[Sequence]] = {}
         self._deadlines: list[tuple[float, int, Request]] = []  # a heap; may hold what has ended
         self._open: collections.deque[StepPlan] = collections.deque()  # await their commit
@@ -84,7 +85,7 @@ class Scheduler:
             waiting_tokens=sum(sequence.length - sequence.computed for sequence in self._waiting),
             free_pages=tuple(pool.available for pool in self.pools),
             total_pages=tuple(pool.pages - 1 for pool in self.pools),
-            free_host_pages=tuple(map(len, self._host)),
+            free_host_pages=tuple(host.available for host in self._hosts),
         )
 
     # Requests.
@@ -172,6 +173,7 @@ class Scheduler:
         self._plan_running(plan)
         if preemptions == self.statistics.preemptions or not plan.cost:  # else pages are short
             self._admit(plan)
+        self._move_prefixes(plan)
         if not (plan.cost or plan.offloads):
             return None
         for row in plan.rows:
@@ -306,19 +308,17 @@ class Scheduler:
                 continue
             if self._still_short(sequence):
                 return
-            start, held = sequence.computed, sequence.host
-            if held:
+            if sequence.host:
                 self._trim_host(sequence)
-            else:
-                start, held = self._match(sequence)
-                if self._comes(plan, sequence, start):
-                    self.statistics.deferred += 1
-                    continue
-            count = self._chunk(plan, sequence.length - start)
-            if not self._fits(sequence, held, start + count):
+            match = self._match(sequence)
+            if not sequence.host and self._comes(plan, sequence, match.tokens):
+                self.statistics.deferred += 1
+                continue
+            count = self._chunk(plan, sequence.length - match.tokens)
+            if not self._fits(sequence, match, match.tokens + count):
                 self._short = sequence, [pool.available for pool in self.pools]
                 return
-            self._enter(plan, sequence, start, held)
+            self._enter(plan, sequence, match)
             self._place(plan, sequence, count)
 
     def _still_short(self, sequence: Sequence) -> bool:
@@ -330,11 +330,14 @@ class Scheduler:
             and all(pool.available <= n for pool, n in zip(self.pools, available, strict=True))
         )
 
-    def _match(self, sequence: Sequence) -> tuple[int, list[list[int]]]:
-        """Tokens and pages that the prefix cache has for a sequence."""
+    def _match(self, sequence: Sequence) -> Match:
+        """What there is of a waiting sequence: its host pages, or what the prefix cache has for it."""
+        if sequence.host:
+            absent = [[-1] * len(pages) for pages in sequence.host]
+            return Match(sequence.computed, absent, sequence.host)
         if self._caches(sequence):
             return self.prefix.match(sequence.tokens, sequence.request.adapter)
-        return 0, self._no_pages()
+        return Match(0, self._no_pages(), self._no_pages())
 
     def _comes(self, plan: StepPlan, sequence: Sequence, matched: int) -> bool:
         """Whether a prompt of this plan computes the page that the sequence would have to begin with."""
@@ -351,27 +354,21 @@ class Scheduler:
             for row in plan.chunks
         )
 
-    def _fits(self, sequence: Sequence, held: list[list[int]], stop: int) -> bool:
-        """Whether there are pages for all known tokens, or those seen by a row that ends at `stop`.
-
-        held: pages that the prefix cache has for it, or its host pages.
-        """
+    def _fits(self, sequence: Sequence, match: Match, stop: int) -> bool:
+        """Whether there are pages for all known tokens, or those seen by a row that ends at `stop`."""
         others = bool(self._running)
-        for spec, pool, pages, margin in zip(
-            self.config.pools, self.pools, held, self._margin, strict=True
+        for spec, pool, pages, hosts, margin in zip(
+            self.config.pools, self.pools, match.pages, match.hosts, self._margin, strict=True
         ):
             need = self._pages(stop if spec.window else sequence.length) - len(pages)
-            if sequence.host:
-                need += sum(page >= 0 for page in pages)
-            else:
-                need += sum(map(pool.is_idle, pages))
+            need += sum(map(pool.is_idle, pages)) + sum(page >= 0 for page in hosts)
             if others:
                 need += margin + len(sequence.siblings)
             if need > pool.available:
                 return False
         return True
 
-    def _enter(self, plan: StepPlan, sequence: Sequence, start: int, held: list[list[int]]) -> None:
+    def _enter(self, plan: StepPlan, sequence: Sequence, match: Match) -> None:
         """Give a waiting sequence its slots, what was computed of it, and pages for all known tokens."""
         _remove(self._waiting, sequence)
         bisect.insort(self._running, sequence, key=_rank)
@@ -382,10 +379,10 @@ class Scheduler:
         if sequence.host:
             self._restore(plan, sequence)
         elif self._caches(sequence):
-            self.prefix.use(len(sequence.tokens), start, held)
-            self.statistics.hit_tokens += start
-            sequence.pages = held
-        sequence.computed = start
+            sequence.pages = self.prefix.use(len(sequence.tokens), match)
+            self.statistics.hit_tokens = self.prefix.statistics.hit_tokens
+            self.statistics.host_hit_tokens = self.prefix.statistics.host_hit_tokens
+        sequence.computed = match.tokens
         for spec, pool, pages in zip(self.config.pools, self.pools, sequence.pages, strict=True):
             if not spec.window:  # a window's pages come with each row
                 pages += pool.allocate(self._pages(sequence.length) - len(pages))
@@ -433,7 +430,7 @@ class Scheduler:
             pages += new
         return True
 
-    def _slide(self, spec: PoolSpec, pool: PagePool, pages: list[int], start: int) -> None:
+    def _slide(self, spec: PoolSpec, pool: PagePool | HostPages, pages: list[int], start: int) -> None:
         """Release the pages of a pool with a window that tokens from `start` on do not see."""
         hidden = max(0, start - spec.window + 1) // self.config.page_size
         for at in range(hidden - 1, -1, -1):
@@ -509,22 +506,27 @@ class Scheduler:
         whole = self._pages(sequence.computed)
         held = [pages[:whole] for pages in sequence.pages]
         needs = [sum(page >= 0 for page in pages) for pages in held]
-        if not whole or any(need > len(free) for need, free in zip(needs, self._host, strict=True)):
+        lacking = any(n > host.available for n, host in zip(needs, self._hosts, strict=True))
+        if self.config.preemption != "offload" or not whole or lacking:
             return False
-        for pool, pages in enumerate(held):
+        for pool, (need, pages) in enumerate(zip(needs, held, strict=True)):
+            hosts = self._hosts[pool].take(need)
             for at, page in enumerate(pages):
                 if page >= 0:
-                    pages[at] = self._host[pool].pop()
+                    pages[at] = hosts.pop()
                     plan.offloads.append((pool, page, pages[at]))
         sequence.host = held
         self.statistics.offloads += 1
         return True
 
     def _trim_host(self, sequence: Sequence) -> None:
-        """Free the host pages of a draft that was judged after it was offloaded."""
+        """Free the host pages of no use since a draft was judged: refused, or seen no more."""
         whole = self._pages(sequence.computed)
-        for free, pages in zip(self._host, sequence.host, strict=True):
-            free += pages[whole:]
+        for spec, host, pages in zip(self.config.pools, self._hosts, sequence.host, strict=True):
+            if spec.window:
+                self._slide(spec, host, pages, sequence.computed)
+            for page in pages[whole:]:
+                host.release(page)
             del pages[whole:]
 
     def _restore(self, plan: StepPlan, sequence: Sequence) -> None:
@@ -534,8 +536,14 @@ class Scheduler:
                 if page >= 0:
                     pages[at] = pool.allocate(1)[0]
                     plan.restores.append((index, pages[at], page))
-                    self._host[index].append(page)
+                    self._hosts[index].rest(page)
         sequence.pages, sequence.host = sequence.host, []
+
+    def _move_prefixes(self, plan: StepPlan) -> None:
+        """Have the plan move the pages that the prefix cache gave up or took back meanwhile."""
+        offloads, restores = self.prefix.moves()
+        plan.offloads += offloads
+        plan.restores += restores
 
     def _leave(self, sequence: Sequence) -> None:
         """Take a running sequence's slots and pages."""
@@ -558,8 +566,10 @@ class Scheduler:
             self._leave(sequence)
         else:
             _remove(self._waiting, sequence)  # not there if its first sample has not forked it yet
-        for free, pages in zip(self._host, sequence.host or self._no_pages(), strict=True):
-            free += [page for page in pages if page >= 0]
+        for host, pages in zip(self._hosts, sequence.host or self._no_pages(), strict=True):
+            for page in pages:
+                if page >= 0:
+                    host.release(page)
         sequence.host, sequence.siblings = [], []
         sequence.finished = reason
         self.statistics.finished += 1

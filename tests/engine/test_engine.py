@@ -111,11 +111,14 @@ def test_meshes(expected, mesh):
 
 
 def test_nothing_is_compiled_after_the_beginning(llm, expected):
-    serving = engine(llm, compile_ahead=True, max_rows=2, token_budget=32)
+    few = {"max_rows": 2, "page_size": 8, "pages": (8,), "max_length": 56, "prefix_host_pages": 20}
+    serving = engine(llm, compile_ahead=True, **few)
     assert serving.misses == 0
     same(serving.generate(TEXTS, GREEDY), expected["greedy"])
     serving.generate(TEXTS, VARIED)
     assert serving.misses == 0
+    counts = serving.schedulers[0].prefix.statistics
+    assert counts.offloaded > 0 < counts.restored, "and pages went to the host and back"
 
 
 def test_random_cancellation_leaves_the_others_alone(llm, expected):
@@ -352,6 +355,7 @@ MIXES = [
     {"token_budget": 17, "prefix_cache": False},
     {"speculation": "prompt_lookup", "overlap": False},
     {"pages": (8,), "page_size": 16, "max_length": 80},
+    {"pages": (12,), "page_size": 8, "max_length": 80, "prefix_host_pages": 30},
 ]
 
 

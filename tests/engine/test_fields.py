@@ -129,6 +129,15 @@ def preemption(monkeypatch):
     assert counts(preemption="offload", host_pages=8).offloads > 0
 
 
+def prefix_host_pages(monkeypatch):
+    few = {"pages": (5,), "prompts": (LONG, LONG[::-1], LONG)}
+    assert (
+        statistics(**few).host_hit_tokens == 0 < statistics(**few, prefix_host_pages=9).host_hit_tokens
+    )
+    with pytest.raises(ValueError, match="prefix_host_pages=9 with prefix_cache=False"):
+        made(prefix_host_pages=9, prefix_cache=False)
+
+
 def speculation(monkeypatch):
     asked = GREEDY | {"max_new_tokens": 15, "logit_bias": {7: 100.0}}  # the same token on and on
     plain = statistics(asked, speculation="off")
@@ -186,6 +195,7 @@ CHECKS = {
     "prefix_cache": lambda _: statistics().hit_tokens > statistics(prefix_cache=False).hit_tokens == 0,
     "preemption": preemption,
     "host_pages": preemption,
+    "prefix_host_pages": prefix_host_pages,
     "aging_s": aging,
     "overlap": overlap,
     "speculation": speculation,
@@ -208,6 +218,7 @@ def test_every_setting_of_an_engine_counts(field, monkeypatch):
 def test_settings_out_of_range_are_named():
     for name, value in {
         "max_rows": 0,
+        "prefix_host_pages": -1,
         "token_budget": -1,
         "memory_share": 1.5,
         "cache_dtype": "int3",

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_jax.engine.pages import OutOfPages, PagePool
+from llm_jax.engine.pages import HostPages, OutOfPages, PagePool
 
 
 def test_scratch_page_is_never_given_out():
@@ -88,3 +88,23 @@ def test_counts(operations):
         assert [pool.references(p) for p in range(1, 6)] == [users[p] + (p in kept) for p in range(1, 6)]
         assert pool.free == sum(not pool.references(page) for page in range(1, 6))
         assert pool.available == sum(not users[page] for page in range(1, 6))
+
+
+def test_host_pages_of_the_cache_give_way_to_sequences():
+    hosts, gone = HostPages(4, most_kept=2), []
+    hosts.evict = lambda page: (gone.append(page), hosts.drop(page))
+    kept = [hosts.keep() for _ in range(2) if hosts.make_room()]
+    assert hosts.make_room() and gone == kept[:1], "no more than two: the oldest goes"
+    kept.append(hosts.keep())
+    assert hosts.available == 4 and len(hosts.take(3)) == 3 and gone == kept[:2]
+    with pytest.raises(OutOfPages, match="2 host pages asked for, 1 available"):
+        hosts.take(2)
+    assert hosts.take(1) == kept[2:] and not hosts.make_room(), "sequences do not give way"
+
+
+def test_a_restored_host_page_rests_until_the_plan_is_made():
+    hosts = HostPages(1, most_kept=1)
+    hosts.rest(hosts.keep())
+    assert hosts.available == hosts.kept == 0 and not hosts.make_room()
+    hosts.settle()
+    assert hosts.available == 1 and hosts.make_room()

@@ -4,21 +4,26 @@ import random
 
 import pytest
 
-from llm_jax.engine.pages import PagePool, PoolSpec
+from llm_jax.engine.pages import HostPages, PagePool, PoolSpec
 from llm_jax.engine.prefix import PrefixCache
 
 SIZE = 4
 
 
-def make(*specs):
+def make(*specs, host=0):
     pools = [PagePool(spec.pages) for spec in specs]
-    return PrefixCache(SIZE, specs, pools), pools
+    return PrefixCache(SIZE, specs, pools, [HostPages(host, host) for _ in specs]), pools
+
+
+def found(cache, tokens, adapter=None):
+    """(tokens, device pages) of a match."""
+    match = cache.match(tokens, adapter)
+    return match.tokens, match.pages
 
 
 def fill(cache, pools, tokens, adapter=None):
     """Compute tokens as a sequence that has ended: its whole pages stay."""
-    matched, pages = cache.match([*tokens, -1], adapter)
-    cache.use(len(tokens), matched, pages)
+    pages = cache.use(len(tokens), cache.match([*tokens, -1], adapter))
     for pool, held in zip(pools, pages, strict=True):
         held += pool.allocate(len(tokens) // SIZE - len(held))
     cache.insert(tokens, pages, len(tokens) // SIZE, adapter)
@@ -37,12 +42,12 @@ def test_whole_pages_and_one_token_left():
     cache, pools = make(PoolSpec(20))
     tokens = list(range(12))
     (pages,) = fill(cache, pools, tokens)
-    assert cache.match(tokens) == (8, [pages[:2]])
-    assert cache.match([*tokens, 99]) == (12, [pages])
-    assert cache.match(tokens[:4]) == (0, [[]])
-    assert cache.match([*tokens[:6], 99, 99, 99]) == (4, [pages[:1]])
-    assert cache.match(tokens, "adapter") == (0, [[]])
-    assert cache.match([]) == (0, [[]])
+    assert found(cache, tokens) == (8, [pages[:2]])
+    assert found(cache, [*tokens, 99]) == (12, [pages])
+    assert found(cache, tokens[:4]) == (0, [[]])
+    assert found(cache, [*tokens[:6], 99, 99, 99]) == (4, [pages[:1]])
+    assert found(cache, tokens, "adapter") == (0, [[]])
+    assert found(cache, []) == (0, [[]])
 
 
 def test_an_adapter_is_forgotten_with_its_pages():
@@ -52,8 +57,8 @@ def test_an_adapter_is_forgotten_with_its_pages():
     fill(cache, pools, tokens, "adapter")
     cache.forget("adapter")
     cache.forget("never seen")
-    assert cache.match(tokens, "adapter") == (0, [[], []])
-    assert cache.match(tokens)[0] == 8 and len(cache) == 6
+    assert found(cache, tokens, "adapter") == (0, [[], []])
+    assert found(cache, tokens)[0] == 8 and len(cache) == 6
     assert [pool.free for pool in pools] == [16, 16]
 
 
@@ -81,12 +86,11 @@ def test_leaves_go_first_and_users_keep_theirs():
     cache, pools = make(PoolSpec(7))
     old = fill(cache, pools, [0] * 4 + [1] * 8)
     fill(cache, pools, [0] * 4 + [2] * 8)
-    matched, pages = cache.match([0] * 4 + [1] * 9)
-    cache.use(13, matched, pages)  # these are in use now
+    cache.use(13, cache.match([0] * 4 + [1] * 9))  # these are in use now
     pools[0].allocate(3)  # one was free; two go, of the other branch
     assert cache.statistics.evictions == 2
-    assert cache.match([0] * 4 + [2] * 9)[0] == 4
-    assert cache.match([0] * 4 + [1] * 9) == (12, old)
+    assert found(cache, [0] * 4 + [2] * 9)[0] == 4
+    assert found(cache, [0] * 4 + [1] * 9) == (12, old)
 
 
 def test_nothing_below_an_evicted_page_stays():
@@ -98,21 +102,21 @@ def test_nothing_below_an_evicted_page_stays():
     node = cache.insert(tokens, [own], 2)
     release(pools, [first])
     pools[0].allocate(3)  # takes `first`
-    assert cache.match([*tokens, 1]) == (0, [[]]) and len(cache) == 0
+    assert found(cache, [*tokens, 1]) == (0, [[]]) and len(cache) == 0
     cache.insert(tokens, [own], 2, after=node)  # the node is no more: from the root
-    assert cache.match([*tokens, 1]) == (8, [own])
+    assert found(cache, [*tokens, 1]) == (8, [own])
 
 
 def test_a_window_needs_only_its_pages():
     cache, pools = make(PoolSpec(20), PoolSpec(7, window=5))
     full, window = fill(cache, pools, list(range(24)))  # all six window pages are kept, and idle
-    assert cache.match([*range(24), 99]) == (24, [full, [-1] * 5 + window[5:]])
-    assert cache.match([*range(23), 99]) == (20, [full[:5], [-1] * 4 + window[4:5]])
+    assert found(cache, [*range(24), 99]) == (24, [full, [-1] * 5 + window[5:]])
+    assert found(cache, [*range(23), 99]) == (20, [full[:5], [-1] * 4 + window[4:5]])
     pools[1].allocate(1)  # takes the last page, the first to be idle
-    assert cache.match([*range(24), 99])[0] == 20
-    assert cache.match([*range(14), 99])[0] == 12
+    assert found(cache, [*range(24), 99])[0] == 20
+    assert found(cache, [*range(14), 99])[0] == 12
     pools[1].allocate(5)
-    assert cache.match([*range(24), 99]) == (0, [[], []])
+    assert found(cache, [*range(24), 99]) == (0, [[], []])
     assert len(cache) == 6  # the full pages are there still
 
 
@@ -123,34 +127,101 @@ def test_a_window_pool_alone_leaves_no_empty_nodes():
     assert len(cache) == 0 and not cache._roots[None].children
 
 
+def test_an_evicted_page_comes_back_from_the_host():
+    cache, pools = make(PoolSpec(4), host=3)
+    tokens = [0] * 12
+    (pages,) = fill(cache, pools, tokens)
+    taken = pools[0].allocate(3)
+    assert cache.moves() == (
+        [(0, page, host) for page, host in zip(pages[::-1], (2, 1, 0), strict=True)],
+        [],
+    )
+    pools[0].release(taken.pop())
+    pools[0].release(taken.pop())
+    match = cache.match(tokens)
+    assert (match.tokens, match.pages, match.hosts) == (8, [[-1, -1]], [[0, 1]])
+    (held,) = cache.use(12, match)
+    assert cache.moves() == ([], [(0, held[0], 0), (0, held[1], 1)])
+    assert found(cache, tokens) == (8, [held]), "they are shared"
+    assert cache.statistics.host_hit_tokens == 8 and len(cache) == 2
+    assert cache.match([*tokens, 1]).hosts == [[-1, -1, 2]], "the last one is there still"
+
+
+def test_what_is_computed_again_leaves_the_host():
+    cache, pools = make(PoolSpec(4), host=3)
+    fill(cache, pools, [0] * 8)
+    cache.insert([0] * 8, [pools[0].allocate(3)], 2)  # by one that did not look
+    assert cache.moves() == ([], [])
+    assert cache.match([0] * 9).hosts == [[-1, -1]] and len(cache) == 2
+    assert cache.statistics.offloaded == cache.statistics.dropped == 0
+
+
+def test_an_adapter_is_forgotten_on_the_host_too():
+    cache, pools = make(PoolSpec(4), host=3)
+    fill(cache, pools, [0] * 8, "adapter")
+    pools[0].allocate(3)
+    cache.moves()
+    cache.forget("adapter")
+    assert cache.statistics.dropped == 2 and found(cache, [0] * 9, "adapter") == (0, [[]])
+
+
+def test_a_window_finds_its_pages_on_the_host():
+    cache, pools = make(PoolSpec(20), PoolSpec(7, window=5), host=6)
+    full, _ = fill(cache, pools, list(range(24)))
+    pools[1].release(pools[1].allocate(6)[0])
+    match = cache.match([*range(24), 99])
+    assert match.pages == [full, [-1] * 6] and match.hosts[1][:5] == [-1] * 5 < match.hosts[1][5:]
+    cache.use(25, match)
+    assert cache.statistics.host_hit_tokens == SIZE
+
+
+class Memory:
+    """Which tokens end in each page of a pool, on the device and on the host."""
+
+    def __init__(self, pools):
+        self.device, self.host = ([{} for _ in range(pools)] for _ in range(2))
+
+    def move(self, offloads, restores):
+        """As a step does: all reads of the offloads come first."""
+        read = [(pool, host, self.device[pool][page]) for pool, page, host in offloads]
+        for pool, host, tokens in read:
+            self.host[pool][host] = tokens
+        for pool, page, host in restores:
+            self.device[pool][page] = self.host[pool].pop(host)
+
+
+@pytest.mark.parametrize("host", [0, 2, 9])
 @pytest.mark.parametrize("seed", range(20))
-def test_against_a_list_of_all_prefixes(seed):
+def test_against_a_list_of_all_prefixes(seed, host):
     """Random sequences; what is matched has the pages that hold those very tokens."""
     choose = random.Random(seed)
-    cache, pools = make(PoolSpec(12), PoolSpec(10, window=choose.choice([1, 4, 6])))
-    holds = [{}, {}]  # by pool: page -> the tokens up to its end
-    running = []
+    specs = PoolSpec(12), PoolSpec(10, window=choose.choice([1, 4, 6]))
+    cache, pools = make(*specs, host=host)
+    memory, running = Memory(2), []
     for _ in range(200):
         if running and choose.random() < 0.5:
             release(pools, running.pop(choose.randrange(len(running))))
-        tokens = [choose.randrange(2) for _ in range(choose.randrange(1, 4))] * 5
-        matched, pages = cache.match(tokens)
-        for index, held in enumerate(pages):
-            for depth, page in enumerate(held):
-                assert page < 0 or holds[index][page] == tokens[: (depth + 1) * SIZE]
-        new = len(tokens) // SIZE - matched // SIZE
-        idle = [sum(map(pool.is_idle, held)) for pool, held in zip(pools, pages, strict=True)]
-        if any(new + n > pool.available for n, pool in zip(idle, pools, strict=True)):
+        tokens = [choose.randrange(2) for _ in range(choose.randrange(1, 5))] * 5
+        match = cache.match(tokens)
+        new = [len(tokens) // SIZE - match.tokens // SIZE + sum(p >= 0 for p in h) for h in match.hosts]
+        idle = [sum(map(pool.is_idle, held)) for pool, held in zip(pools, match.pages, strict=True)]
+        if any(n + i > pool.available for n, i, pool in zip(new, idle, pools, strict=True)):
             continue
-        cache.use(len(tokens), matched, pages)
-        for index, (pool, held) in enumerate(zip(pools, pages, strict=True)):
-            held += pool.allocate(new)
-            for depth in range(matched // SIZE, len(held)):
-                holds[index][held[depth]] = tokens[: (depth + 1) * SIZE]
+        pages = cache.use(len(tokens), match)
+        for pool, held in zip(pools, pages, strict=True):
+            held += pool.allocate(len(tokens) // SIZE - len(held))
+        memory.move(*cache.moves())
+        for holds, held in zip(memory.device, pages, strict=True):
+            for depth, page in enumerate(held):
+                if depth < match.tokens // SIZE:
+                    assert page < 0 or holds[page] == tokens[: (depth + 1) * SIZE]
+                else:
+                    holds[page] = tokens[: (depth + 1) * SIZE]
         cache.insert(tokens, pages, len(tokens) // SIZE)
-        assert cache.match([*tokens, 9])[0] == len(tokens) // SIZE * SIZE
+        assert found(cache, [*tokens, 9])[0] == len(tokens) // SIZE * SIZE
         running.append(pages)
     for pages in running:
         release(pools, pages)
     assert all(pool.available == pool.pages - 1 for pool in pools)
     assert len(cache) == sum(pool.pages - 1 - pool.free for pool in pools)
+    assert (cache.statistics.host_hit_tokens > 0) == (host > 0)

@@ -36,6 +36,7 @@ CONFIG = SchedulerConfig(
     max_queue=10,
     preemption="offload",
     host_pages=50,
+    prefix_host_pages=30,
 )
 TRUTH = StepTime(step=5e-3, token=1e-4, decode=2e-4, context=1e-6)
 
@@ -100,7 +101,8 @@ def test_replay_is_the_same(trace):
     assert read.config == CONFIG
     calls = {record["call"] for record in read.records}
     assert calls == {"add", "cancel", "end", "fork", "poll", "plan", "commit"}
-    assert any(record.get("decision") and record["decision"]["offloads"] for record in read.records)
+    plans = [record["decision"] for record in read.records if record.get("decision")]
+    assert any(plan["offloads"] for plan in plans) and any(plan["restores"] for plan in plans)
     assert replay(read) is None
 
 

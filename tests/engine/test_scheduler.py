@@ -72,10 +72,13 @@ class Device:
         return tokens, stopped
 
     def _move(self, plan):
+        assert len({(pool, host) for pool, _, host in plan.offloads}) == len(plan.offloads)
         held = [(pool, host, dict(self.pages[pool, page])) for pool, page, host in plan.offloads]
         self.host.update({(pool, host): content for pool, host, content in held})
         for moves in (plan.copies, [(pool, page, host) for pool, page, host in plan.restores]):
             assert len({(m[0], m[2]) for m in moves}) == len(moves)
+        for pool, page, _ in plan.restores:
+            assert any(page in row.sequence.pages[pool] for row in plan.rows), "restored for nobody"
         copied = [(pool, to, dict(self.pages[pool, source])) for pool, source, to in plan.copies]
         self.pages.update({(pool, to): content for pool, to, content in copied})
         self.pages.update({(pool, to): self.host.pop((pool, host)) for pool, to, host in plan.restores})
@@ -145,6 +148,7 @@ class Harness:
         self.scheduler, self.device = Scheduler(config, self.clock), Device(config)
         self.open = collections.deque()  # (plan, tokens, stopped)
         self.ended, self.beams, self.begun = [], set(), 0
+        self.host_pages = config.host_pages + config.prefix_host_pages
 
     def add(self, prompt, new, **options):
         self.begun += 1
@@ -195,7 +199,7 @@ class Harness:
         self.check()
         load = self.scheduler.load()
         assert load.free_pages == load.total_pages and load.running == load.waiting == 0
-        assert all(free == self.config.host_pages for free in load.free_host_pages)
+        assert all(free == self.host_pages for free in load.free_host_pages)
 
     def check(self):
         """Every page is accounted for."""
@@ -213,8 +217,32 @@ class Harness:
             assert pool.free == references.count(0)
             assert pool.available == pool.pages - 1 - len(users)
             hosts = [p for s in scheduler.waiting for p in (s.host or [[]] * 9)[index] if p >= 0]
-            assert len(set(hosts)) == len(hosts) == self.config.host_pages - len(scheduler._host[index])
+            hosts += scheduler.prefix._host_owner[index]
+            free = scheduler._hosts[index]._free
+            assert sorted(hosts + free) == list(range(self.host_pages))
+            assert scheduler._hosts[index].kept <= self.config.prefix_host_pages
         assert kept == len(scheduler.prefix)
+        self.check_prefixes()
+
+    def check_prefixes(self):
+        """Every page of the tree, here or on the host, holds the tokens that its node stands for."""
+        nodes = [(root, hash(adapter)) for adapter, root in self.scheduler.prefix._roots.items()]
+        seen = 0
+        while nodes:
+            node, content = nodes.pop()
+            chain = {}
+            for offset, token in enumerate(node.key):
+                content = chain[offset] = hash((content, token))
+            for pool, (page, host) in enumerate(zip(node.pages, node.hosts, strict=True)):
+                assert page < 0 or host < 0
+                assert page < 0 or self.device.pages[pool, page] == chain
+                assert host < 0 or self.device.host[pool, host] == chain
+                seen += (page >= 0) + (host >= 0)
+            nodes += [(child, content) for child in node.children.values()]
+        counts = self.scheduler.prefix.statistics
+        there = sum(hosts.kept for hosts in self.scheduler._hosts)
+        assert seen == len(self.scheduler.prefix) + there
+        assert counts.offloaded == counts.restored + counts.dropped + there
 
     def _take(self, events):
         for event in events:
@@ -247,7 +275,7 @@ POOLS = [
 
 def random_config(draw):
     """A small SchedulerConfig; draw(list) picks one of a list."""
-    offload = draw([False, True])
+    offload, prefix_cache = draw([False, True]), draw([True, True, True, False])
     rows, alignment = draw([1, 3, 6]), draw([1, 4])
     return SchedulerConfig(
         max_rows=rows,
@@ -256,11 +284,12 @@ def random_config(draw):
         pools=draw(POOLS),
         max_length=30,
         max_queue=draw([3, 12]),
-        prefix_cache=draw([True, True, False]),
+        prefix_cache=prefix_cache,
         alignment=alignment,
         chunk_tokens=draw([0, 4, 8]),
         preemption="offload" if offload else "recompute",
         host_pages=draw([6, 40]) if offload else 0,
+        prefix_host_pages=draw([0, 1, 5, 30]) if prefix_cache else 0,
         aging_s=draw([0.5, 10.0, float("inf")]),
         watermark=draw([0.0, 0.1]),
     )
@@ -387,6 +416,8 @@ def rows(plan):
         {"preemption": "swap"},
         {"host_pages": 4},
         {"preemption": "offload"},
+        {"prefix_host_pages": -1},
+        {"prefix_host_pages": 4, "prefix_cache": False},
         {"aging_s": 0.0},
         {"watermark": 1.0},
     ],
@@ -531,6 +562,62 @@ def test_one_prefix_is_computed_once():
     assert later.tokens == 64 and all(row.start >= 512 for row in later.rows)
     h.drain()
     assert h.scheduler.statistics.hit_tokens == 63 * 512
+
+
+def serve(h, id, prompt):
+    """One request, to its end; its first plan."""
+    h.scheduler.add(Request(id, prompt, 2))
+    plan = h.plan()
+    h.drain()
+    return plan
+
+
+def test_a_prefix_comes_back_from_the_host():
+    h = harness(pools=(PoolSpec(10),), prefix_host_pages=20, watermark=0.0)
+    serve(h, "a", (1,) * 33)
+    plan = serve(h, "b", (2,) * 33)
+    assert len(plan.offloads) == 8 and not plan.restores
+    plan = serve(h, "c", (1,) * 33)
+    assert rows(plan) == [("c", 0, 32, 1)] and len(plan.restores) == 8
+    statistics = h.scheduler.prefix.statistics
+    assert (statistics.hit_tokens, statistics.host_hit_tokens) == (32, 32)
+    assert h.scheduler.statistics.host_hit_tokens == 32
+    assert (statistics.offloaded, statistics.restored, statistics.dropped) == (16, 8, 0)
+
+
+def test_two_begin_with_one_prefix_from_the_host():
+    h = harness(pools=(PoolSpec(14),), prefix_host_pages=20, watermark=0.0)
+    serve(h, "a", (1,) * 33)
+    serve(h, "b", (2,) * 49)
+    for id in ("c", "d"):
+        h.scheduler.add(Request(id, (1,) * 33, 2))
+    plan = h.plan()
+    assert rows(plan) == [("c", 0, 32, 1), ("d", 0, 32, 1)] and len(plan.restores) == 8
+    assert h.scheduler.running[0].pages[0][:8] == h.scheduler.running[1].pages[0][:8]
+    h.drain()
+    assert h.scheduler.statistics.host_hit_tokens == 32 < h.scheduler.statistics.hit_tokens
+
+
+@pytest.mark.parametrize("kept, found", [(1, 4), (3, 12), (5, 20)])
+def test_the_beginning_of_a_prefix_stays_on_a_small_host(kept, found):
+    h = harness(pools=(PoolSpec(10),), prefix_host_pages=kept, watermark=0.0)
+    serve(h, "a", (1,) * 33)
+    plan = serve(h, "b", (2,) * 33)
+    assert len(plan.offloads) == kept, "what would be forgotten in this very plan is not moved"
+    assert h.scheduler.prefix.match((1,) * 33).tokens == found
+
+
+def test_preempted_sequences_take_the_host_pages_of_prefixes():
+    sizes = {"host_pages": 1, "prefix_host_pages": 19}
+    h = harness(pools=(PoolSpec(14),), preemption="offload", watermark=0.0, **sizes)
+    for i in range(4):
+        h.scheduler.add(Request(f"{i}", (i,) * 8, 30))
+    while not h.scheduler.idle:
+        h.commit() if len(h.open) == 2 or h.plan() is None else None
+        h.check()
+    assert h.scheduler.statistics.offloads == h.scheduler.statistics.preemptions > 0
+    assert h.scheduler.prefix.statistics.dropped > 0
+    h.drain()
 
 
 def test_prefix_of_another_adapter_is_not_shared():

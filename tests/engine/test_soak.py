@@ -21,7 +21,12 @@ def llm():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", [{"speculation": "prompt_lookup"}, {"preemption": "offload", "host_pages": 40}]
+    "more",
+    [
+        {"speculation": "prompt_lookup"},
+        {"preemption": "offload", "host_pages": 40},
+        {"preemption": "offload", "host_pages": 4, "prefix_host_pages": 40},
+    ],
 )
 def test_nothing_is_lost(llm, more):
     settings = SIZES | {"pages": (14,), "compile_ahead": False} | more
