@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -152,13 +153,13 @@ def config(tmp_path, **changes):
         "base": str(DEMO),
         "data": ((str(data), "", 1.0),),
         "width": 64,
-        "draft_steps": 3,
+        "draft_steps": 2,
         "row_tokens": 32,
         "eval_fraction": 0.2,
         "optim": OptimConfig(1e-2, ema_decay=0.9),
         "batch_size": 4,
-        "steps": 30,
-        "log_every": 15,
+        "steps": 24,
+        "log_every": 12,
     }
     return DraftHeadConfig(**values | changes)
 
@@ -170,13 +171,12 @@ def test_a_trained_head_agrees_with_its_model(tmp_path):
     np.testing.assert_allclose(result.accepted, np.cumprod(result.agreement).sum())
     records = read_metrics(workdir / "metrics.jsonl")
     assert records[-1]["eval/agreement_2"] == pytest.approx(result.agreement[1])
-    assert {f"train/agreement_{k}" for k in (1, 2, 3)} <= set(records[0])
+    assert {f"train/agreement_{k}" for k in (1, 2)} <= set(records[0])
 
     base = load_pretrained(str(DEMO), mesh, field="base")
     head, params = load_draft_head(workdir / "draft_head", base.model, mesh)
     assert json.loads((workdir / "draft_head" / "draft_head.json").read_text())["base"] == str(DEMO)
     assert min(agreement(base, head, params, "I like apples. He reads a book.")) > 0.35
-    assert draft_head.run(config(tmp_path), workdir, mesh) == result  # there is nothing left to do
 
 
 def agreement(base, head, params, text):
@@ -193,6 +193,23 @@ def agreement(base, head, params, text):
 
     chosen, first, second = run(base.params, params)
     return [float(np.mean(first == chosen[:, 1:-1])), float(np.mean(second == chosen[:, 2:]))]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_it_was_cut_off(tmp_path):
+    mesh, whole = make_mesh(""), tmp_path / "whole"
+    expected = draft_head.run(config(tmp_path, steps=4, checkpoint_every=2), whole, mesh)
+    shutil.copytree(whole, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "4")
+    shutil.rmtree(tmp_path / "cut" / "draft_head")
+    assert (
+        draft_head.run(config(tmp_path, steps=4, checkpoint_every=2), tmp_path / "cut", mesh) == expected
+    )
+    tensors = [
+        (run / "draft_head" / "draft_head.safetensors").read_bytes() for run in (whole, tmp_path / "cut")
+    ]
+    assert tensors[0] == tensors[1]
+    assert draft_head.run(config(tmp_path, steps=4, checkpoint_every=2), whole, mesh) == expected
 
 
 @pytest.mark.parametrize(
