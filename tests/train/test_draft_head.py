@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -33,8 +34,9 @@ DEMO = Path(llm_jax.__file__).parent / "assets" / "demo_lm"
 RNG = np.random.default_rng(0)
 DOCUMENTS = [RNG.integers(3, tiny.VOCAB, n).tolist() for n in (9, 5, 2, 1, 7)]
 BATCH = pack(DOCUMENTS, 12)
-STEPS, DECAY, BASE_WEIGHT = 3, 0.7, 0.4
-LOSS = functools.partial(draft_head_loss, steps=STEPS, decay=DECAY, base_weight=BASE_WEIGHT)
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+STEPS, DECAY = 3, 0.7
+LOSS = functools.partial(draft_head_loss, steps=STEPS, decay=DECAY, base_weight=0.5)
 
 
 def tiny_config():
@@ -42,7 +44,7 @@ def tiny_config():
     return ModelConfig("llama", vocab_size=tiny.VOCAB + 1, embed_dim=16, max_positions=32, **sizes)
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2"])
+@pytest.fixture(scope="module", params=["llama", "gemma2", slow("gpt2")])
 def pair(request, tmp_path_factory):
     """(transformers model in float64, both networks of ours, the model's parameters)."""
     directory = tmp_path_factory.mktemp("base")
@@ -52,7 +54,7 @@ def pair(request, tmp_path_factory):
     return theirs, both, load_hf(directory, base, make_mesh(""))
 
 
-def reference(theirs, head, params):
+def reference(theirs, head, params, base_weight):
     """[K] losses, agreements and targets over all documents, one token after the other."""
     loss, agreed, count = np.zeros((3, STEPS))
     scale = head.config.embed_dim**0.5 if head.config.embed_scale else 1.0
@@ -71,7 +73,7 @@ def reference(theirs, head, params):
                 q, p = log_softmax(unembed(theirs, state)), log_softmax(model[place])
                 divergence = np.sum(np.exp(p) * (p - q))
                 text = -q[document[place + 1]]
-                loss[k - 1] += (1 - BASE_WEIGHT) * text + BASE_WEIGHT * divergence
+                loss[k - 1] += (1 - base_weight) * text + base_weight * divergence
                 agreed[k - 1] += np.argmax(q) == np.argmax(p)
                 count[k - 1] += 1
     return loss, agreed, count
@@ -87,12 +89,12 @@ def log_softmax(x):
     return x - x.max() - np.log(np.sum(np.exp(x - x.max())))
 
 
-@pytest.mark.parametrize("chunk", [0, 5])
-def test_the_loss_is_that_of_transformers_and_numpy(pair, chunk):
+@pytest.mark.parametrize("chunk, base_weight", [(0, 0.4), (5, 1.0), slow(5, 0.0)])
+def test_the_loss_is_that_of_transformers_and_numpy(pair, chunk, base_weight):
     theirs, both, base = pair
     params = draft_cell.drawn(both.head)
-    loss, agreed, count = reference(theirs, both.head, params)
-    objective = functools.partial(LOSS, chunk=chunk)
+    loss, agreed, count = reference(theirs, both.head, params, base_weight)
+    objective = functools.partial(LOSS, chunk=chunk, base_weight=base_weight)
     run = jax.jit(lambda p, b: objective(both.bind(p, b), BATCH, None))
     found, number, metrics = run(params, base)
     weights = DECAY ** np.arange(STEPS)
@@ -106,9 +108,9 @@ def test_what_is_drafted_across_documents_counts_for_nothing():
     base = describe(tiny_config())
     both = Drafting(describe_draft_head(base.config, 8), base)
     params, frozen = draft_cell.drawn(both.head), draft_cell.drawn(base, 1)
-    run = jax.jit(lambda batch: LOSS(both.bind(params, frozen), batch, None))
-    together = run(BATCH)
-    alone = [run(pack([document], 12)) for document in DOCUMENTS]
+    run = jax.jit(lambda p, b, batch: LOSS(both.bind(p, b), batch, None))
+    together = run(params, frozen, BATCH)
+    alone = [run(params, frozen, pack([document], 12)) for document in DOCUMENTS]
     expected = jax.tree.map(lambda *x: np.sum(x), *alone)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), together, expected)
 
@@ -136,7 +138,7 @@ def test_the_head_alone_trains():
     jax.tree.map(np.testing.assert_array_equal, frozen, draft_cell.drawn(describe(tiny_config()), 1))
 
 
-@pytest.mark.parametrize("mesh", ["data:2", "fsdp:2", "tensor:2"])
+@pytest.mark.parametrize("mesh", ["data:2", "tensor:2", slow("fsdp:2")])
 def test_two_devices_train_as_one_does(mesh):
     np.testing.assert_allclose(trained(mesh)[0], trained("data:1")[0], rtol=1e-5)
     near = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
@@ -151,13 +153,13 @@ def config(tmp_path, **changes):
         "base": str(DEMO),
         "data": ((str(data), "", 1.0),),
         "width": 64,
-        "draft_steps": 3,
+        "draft_steps": 2,
         "row_tokens": 32,
         "eval_fraction": 0.2,
         "optim": OptimConfig(1e-2, ema_decay=0.9),
         "batch_size": 4,
-        "steps": 30,
-        "log_every": 15,
+        "steps": 24,
+        "log_every": 12,
     }
     return DraftHeadConfig(**values | changes)
 
@@ -165,44 +167,49 @@ def config(tmp_path, **changes):
 def test_a_trained_head_agrees_with_its_model(tmp_path):
     workdir, mesh = tmp_path / "run", make_mesh("")
     result = draft_head.run(config(tmp_path), workdir, mesh)
-    assert max(result.agreement_before) < 0.3 and min(result.agreement) > 0.6
+    assert max(result.agreement_before) < 0.05 and min(result.agreement) > 0.35
     np.testing.assert_allclose(result.accepted, np.cumprod(result.agreement).sum())
     records = read_metrics(workdir / "metrics.jsonl")
     assert records[-1]["eval/agreement_2"] == pytest.approx(result.agreement[1])
-    assert {f"train/agreement_{k}" for k in (1, 2, 3)} <= set(records[0])
+    assert {f"train/agreement_{k}" for k in (1, 2)} <= set(records[0])
 
     base = load_pretrained(str(DEMO), mesh, field="base")
     head, params = load_draft_head(workdir / "draft_head", base.model, mesh)
     assert json.loads((workdir / "draft_head" / "draft_head.json").read_text())["base"] == str(DEMO)
-    assert greedy_agreement(base, head, params, "He reads a") > 0.5
-    assert draft_head.run(config(tmp_path), workdir, mesh) == result  # there is nothing left to do
+    assert min(agreement(base, head, params, "I like apples. He reads a book.")) > 0.35
 
 
-def greedy_agreement(base, head, params, prompt):
-    """Share of right tokens among the two that the head drafts at each place of a greedy text."""
-    segments = jnp.ones((1, 24), jnp.int32)
-    places = jnp.arange(24, dtype=jnp.int32)[None]
+def agreement(base, head, params, text):
+    """How often two drafted tokens after each place of a text are the model's, as an engine drafts."""
+    tokens = jnp.asarray(base.tokenizer.encode(text), jnp.int32)[None]
 
     @jax.jit
-    def run(params, drawn, tokens):
+    def run(params, drawn):
         net, cell = base.model.bind(params), head.bind(drawn)
-        hidden, _ = net(tokens, places, FullContext(segments))
-        chosen = net.unembed(hidden).argmax(-1)
-        state, token, drafts = hidden, chosen, []
-        for _ in range(2):
-            state = cell(state, net.embed.lookup(token))
-            token = net.unembed(state).argmax(-1)
-            drafts.append(token[0])
-        return chosen[0], jnp.stack(drafts)
+        hidden, _ = net(tokens, jnp.arange(tokens.size)[None], FullContext(jnp.ones_like(tokens)))
+        once = cell(hidden[:, :-2], net.embed.lookup(tokens[:, 1:-1]))
+        twice = cell(once, net.embed.lookup(tokens[:, 2:]))
+        return [net.unembed(x).argmax(-1) for x in (hidden, once, twice)]
 
-    tokens = base.tokenizer.encode(prompt)
-    first = len(tokens) - 1
-    while len(tokens) < 24:
-        row = np.array([tokens + [0] * (24 - len(tokens))], np.int32)
-        tokens.append(int(run(base.params, params, row)[0][len(tokens) - 1]))
-    _, drafts = run(base.params, params, np.array([tokens], np.int32))
-    right = [drafts[k, t] == tokens[t + k + 2] for t in range(first, 21) for k in range(2)]
-    return np.mean(right)
+    chosen, first, second = run(base.params, params)
+    return [float(np.mean(first == chosen[:, 1:-1])), float(np.mean(second == chosen[:, 2:]))]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_it_was_cut_off(tmp_path):
+    mesh, whole = make_mesh(""), tmp_path / "whole"
+    expected = draft_head.run(config(tmp_path, steps=4, checkpoint_every=2), whole, mesh)
+    shutil.copytree(whole, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "4")
+    shutil.rmtree(tmp_path / "cut" / "draft_head")
+    assert (
+        draft_head.run(config(tmp_path, steps=4, checkpoint_every=2), tmp_path / "cut", mesh) == expected
+    )
+    tensors = [
+        (run / "draft_head" / "draft_head.safetensors").read_bytes() for run in (whole, tmp_path / "cut")
+    ]
+    assert tensors[0] == tensors[1]
+    assert draft_head.run(config(tmp_path, steps=4, checkpoint_every=2), whole, mesh) == expected
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from llm_jax.checkpoint.store import restore_params
 from llm_jax.checkpoint.workdir import load_trained
 from llm_jax.config import (
     ClassificationConfig,
+    DraftHeadConfig,
     LanguageModelConfig,
     MaskedLanguageModelConfig,
     ModelConfig,
@@ -166,6 +167,7 @@ def test_classes_weigh_the_same_when_balanced():
         ("demo_lm", [], LanguageModelConfig),
         ("distill", [], LanguageModelConfig),
         ("distill", ["alone"], LanguageModelConfig),
+        ("draft_head", [], DraftHeadConfig),
     ],
 )
 def test_configs_are_whole(name, arguments, kind):
@@ -192,7 +194,7 @@ def test_every_config_takes_the_common_settings_by_flag(path, monkeypatch):
     if task == "documents_mlp":
         return  # a network of three layers, no text: settings of its own
     values = {name: 7 + i for i, name in enumerate(COMMON)}
-    other = (("mine.txt", "", 1.0),) if task == "lm" else "mine.tsv"
+    other = (("mine.txt", "", 1.0),) if task in ("lm", "draft_head") else "mine.tsv"
     flags = [f"--config.{name}={value}" for name, value in (values | {"data": other}).items()]
     monkeypatch.setattr(sys, "argv", ["train.py", f"--config={path}", *flags])  # ml_collections reads it
     given(sys.argv)
