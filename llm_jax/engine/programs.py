@@ -23,6 +23,7 @@ from llm_jax.infer.generate import Timing
 from llm_jax.infer.llm import LLM
 from llm_jax.infer.paged_steps import (
     StepShape,
+    make_paged_candidates,
     make_paged_forward,
     make_paged_sample,
     make_paged_verify,
@@ -30,7 +31,7 @@ from llm_jax.infer.paged_steps import (
     make_write_masks,
     make_write_slots,
 )
-from llm_jax.ops.sampling import TIERS, SamplingFeatures, new_rows
+from llm_jax.ops.sampling import EVERYTHING, GREEDY, MAX_STOPS, TIERS, SamplingFeatures, new_rows
 from llm_jax.sharding import batch_sharding, data_shards
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,10 @@ class Programs:
         """See `make_paged_verify`."""
         return self._get(("verify", rows, features))
 
+    def candidates(self, shape: StepShape, features: SamplingFeatures) -> Callable:
+        """See `make_paged_candidates`; features: GREEDY or EVERYTHING."""
+        return self._get(("candidates", shape.samples, shape.rows, features))
+
     @property
     def write_slots(self) -> Callable:
         """See `make_write_slots`; of `WRITTEN` slots."""
@@ -171,6 +176,9 @@ class Programs:
             work += [("verify", n, tier) for n in self.buckets.mixed for tier in TIERS]
         single = [shape.samples for shape in shapes if shape.samples == shape.rows]
         work += [("choose", n, tier) for n in sorted(set(single)) for tier in TIERS]
+        if self._config.max_beams:
+            sizes = sorted({(shape.samples, shape.rows) for shape in shapes})
+            work += [("candidates", *size, tier) for size in sizes for tier in (GREEDY, EVERYTHING)]
         work += [("write_slots",), ("write_masks",), ("write_history",)]
         of_pages = (
             ("copy_pages", "take_pages", "put_pages") if self._config.host_pages else ("copy_pages",)
@@ -202,6 +210,13 @@ class Programs:
                     logits = self._array((shards, samples, self._vocab), np.float32)
                     args = (logits, slots, self._array((shards, 2, samples), np.int32))
                     fn = make_paged_sample(features, self._config.strict_numerics)
+                case ("candidates", samples, rows, features):
+                    shards = data_shards(self.mesh)
+                    logits = self._array((shards, samples, self._vocab), np.float32)
+                    # A beam's extensions by K others and by all stop ids: K go on whatever ends.
+                    count = min(self._vocab, self._config.max_beams + MAX_STOPS)
+                    args = (logits, slots, self._array((shards, 2, rows), np.int32))
+                    fn = make_paged_candidates(features, count, self._config.strict_numerics)
                 case ("verify", rows, features):
                     places = self.buckets.drafts + 1
                     shards, words = data_shards(self.mesh), -(-self._vocab // 32)

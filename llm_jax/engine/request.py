@@ -26,7 +26,8 @@ class Request:
     id: str
     prompt: tuple[int, ...]
     max_new_tokens: int
-    n: int = 1  # independent samples
+    n: int = 1  # independent samples, or beams
+    search: bool = False  # its sequences are beams, which go on together by `Scheduler.extend`
     priority: int = 0  # higher is sooner
     deadline: float | None = None  # seconds, on the scheduler's clock
     adapter: str | None = None  # prefixes are shared only within one adapter
