@@ -196,7 +196,7 @@ CHECKS = {
     "trace": trace,
     "seed": seeds,
 }
-ELSEWHERE = {"adapters", "adapter_rank", "adapter_targets"}  # test_adapters.py
+ELSEWHERE = {"adapters", "adapter_rank", "adapter_targets", "max_beams"}  # test_{adapters,beams}.py
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(EngineConfig)])
