@@ -61,6 +61,7 @@ class BeamRules:
     def extend(self, candidates: Sequence[Candidates]) -> list[tuple[int, int]]:
         """One more token in every beam: (which beam it continues, token) of each of the next ones."""
         count, self.length = self.options.num_beams, self.length + 1
+        last = self.length >= self.budget
         tokens = np.stack([each.tokens for each in candidates])
         scores = np.array([beam.score for beam in self.running], np.float32)
         totals = scores[:, None] + np.stack([each.logprobs for each in candidates])
@@ -68,12 +69,14 @@ class BeamRules:
         self.running = []
         for rank, flat in enumerate(np.argsort(-totals, axis=None, kind="stable").tolist()):
             parent, place = divmod(flat, tokens.shape[1])
-            token, own = int(tokens[parent, place]), float(candidates[parent].own[place])
-            extension = before[parent] + (token, own, totals[parent, place])
-            if token in self.stop_ids or self.length >= self.budget:
-                if rank < count and extension.score > -math.inf:
-                    ended.append(self._normalized(extension, self.length))
-            elif len(grown) < count:
+            token, total = int(tokens[parent, place]), totals[parent, place]
+            ends = last or token in self.stop_ids
+            if (rank >= count or total == -math.inf) if ends else len(grown) == count:
+                continue
+            extension = before[parent] + (token, float(candidates[parent].own[place]), total)
+            if ends:
+                ended.append(self._normalized(extension, self.length))
+            else:
                 grown.append((parent, token))
                 self.running.append(extension)
         self.finished = sorted(self.finished + ended, key=lambda x: -x.score)[:count]
@@ -138,7 +141,8 @@ class Search:
 
     def advance(self, scheduler: Scheduler) -> bool:
         """Extend all beams, if a step has brought the candidates of each; False when it is over."""
-        if all(beam.slot >= 0 and beam.computed == beam.length for beam in self._beams):
+        known = bool(self._beams)  # else only a piece of the prompt was computed
+        if known and all(beam.slot >= 0 and beam.computed == beam.length for beam in self._beams):
             grown = self.rules.extend([self._latest[beam] for beam in self._beams])
             if self.rules.open:
                 parents = [(self._beams[parent], token) for parent, token in grown]

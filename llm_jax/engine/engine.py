@@ -211,12 +211,12 @@ class Engine:
                 tuple(ids),
                 params.max_new_tokens,
                 rows,
-                beams is not None,
                 priority,
                 None if deadline_s is None else now + deadline_s,
                 adapter,
                 params=params,
                 reuse_prefix=params.prompt_logprobs is None,
+                search=beams is not None,
             )
             if name in self._live:
                 raise ValueError(f"id={name!r} is in use; give every request its own")
@@ -334,7 +334,12 @@ class Engine:
         """What the model asks for; searches do not sample."""
         return self.llm.default_sampling(temperature=None if beams is None else 0.0)
 
-    def _one_each(self, prompts: Sequence[Any], sampling: Any, default: SamplingParams):
+    def _one_each(
+        self,
+        prompts: Sequence[Any],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        default: SamplingParams,
+    ) -> list[SamplingParams]:
         """The parameters of each prompt."""
         if isinstance(prompts, str):
             raise ValueError("prompts is a single string: expected a list of prompts")
@@ -461,7 +466,7 @@ class Engine:
         return True
 
     def _is_new(self, row: Row) -> bool:
-        """Whether the slot of a row does not say how it samples, or not what came before in its beam."""
+        """Whether a row's slot must be told how it samples; of beams with penalties, what they hold."""
         live = self._live[row.sequence.request.id]
         return row.first or (live.search is not None and live.params.penalized)
 

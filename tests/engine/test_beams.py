@@ -326,11 +326,15 @@ def test_fewer_hypotheses_than_asked_for():
     assert second.finish_reason == "stop"
 
 
-def test_the_prompt_is_shared_with_others():
-    serving, prompt = engine(), list(range(5, 25))
-    serving.generate([prompt], greedy(max_new_tokens=1))
-    serving.beam_search([prompt], greedy(), num_beams=4)
-    assert serving.schedulers[0].statistics.hit_tokens == 16, "all whole pages but the last"
+def test_a_prompt_in_pieces_which_is_shared():
+    serving, prompt = engine(), list(range(5, 41))
+    first, again = (
+        serving.beam_search([prompt], greedy(max_new_tokens=4), num_beams=4) for _ in range(2)
+    )
+    agree(again, first)
+    assert serving.schedulers[0].statistics.hit_tokens == 32, "all whole pages"
+    options = {"num_beams": 4, "num_return": 1, "max_new_tokens": 4}
+    check(first, reference(models("llama")[1], [prompt], stop_ids=(), **options))
 
 
 @pytest.mark.parametrize(
