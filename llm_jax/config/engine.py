@@ -40,6 +40,7 @@ class EngineConfig:
         adapters: LoRA adapters that run at once; 0 = none. More may be loaded: they take turns.
         adapter_rank: of each at most.
         adapter_targets: patterns of the weights that adapters may change; () = all of the layers.
+        max_beams: of a beam search, at most; 0 = none. Each beam takes a row.
         compile_ahead: compile all programs when the engine begins; else each where it is first needed.
         trace: a file that all calls and decisions of the scheduler are written to, for
             scripts/replay.py; it has prompts and replies as ids. "" = none. Further data shards' go to
@@ -68,6 +69,7 @@ class EngineConfig:
     adapters: int = 0
     adapter_rank: int = 16
     adapter_targets: tuple[str, ...] = ()
+    max_beams: int = 0
     compile_ahead: bool = True
     trace: str = ""
     seed: int = 0
@@ -86,6 +88,17 @@ class EngineConfig:
             raise ValueError(
                 f"trace={self.trace!r} with adapters={self.adapters}: decisions depend on the adapters' "
                 "places, which a trace does not hold; leave one out"
+            )
+        require(
+            0 <= self.max_beams <= self.max_rows,
+            "max_beams",
+            self.max_beams,
+            f"0 to max_rows={self.max_rows}",
+        )
+        if self.trace and self.max_beams:
+            raise ValueError(
+                f"trace={self.trace!r} with max_beams={self.max_beams}: a trace does not hold what a "
+                "search decides; leave one out"
             )
         choice("cache_dtype", self.cache_dtype, CACHE_DTYPES)
         choice("speculation", self.speculation, SPECULATION)

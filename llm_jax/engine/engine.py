@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ import numpy as np
 from llm_jax.cache.paged import free_bytes, init_paged, page_bytes, pool_windows
 from llm_jax.config import EngineConfig
 from llm_jax.engine.adapters import Adapters
+from llm_jax.engine.beams import BeamRules, Candidates, Search, check_beams
 from llm_jax.engine.drafters import HeadDrafter, ModelDrafter
 from llm_jax.engine.drafts import ON_DEVICE, DraftLength, PromptLookup
 from llm_jax.engine.pages import SCRATCH, PoolSpec
@@ -38,9 +39,10 @@ from llm_jax.engine.request import Sequence as Running
 from llm_jax.engine.scheduler import QueueFull, Scheduler
 from llm_jax.engine.structured import Grammar, GrammarState
 from llm_jax.engine.trace import TraceWriter
+from llm_jax.infer.beam_options import BeamOptions
 from llm_jax.infer.generate import check_lengths
 from llm_jax.infer.llm import LLM
-from llm_jax.infer.paged_steps import init_slots, read_chosen
+from llm_jax.infer.paged_steps import StepShape, init_slots, read_candidates, read_chosen
 from llm_jax.infer.replies import Output, Reply, best_of
 from llm_jax.kernels.choice import kernel_refusal
 from llm_jax.models import Params
@@ -48,6 +50,7 @@ from llm_jax.models.draft_head import DraftHeadModel
 from llm_jax.ops.linear import LowRank
 from llm_jax.ops.sampling import (
     EVERYTHING,
+    GREEDY,
     TIERS,
     SamplingFeatures,
     new_rows,
@@ -90,6 +93,7 @@ class _Live:
     mask: np.ndarray | None  # [W] uint32, the tokens that may ever come
     grammars: list[GrammarState]  # of each continuation, if they are to have a form
     drafts: list[PromptLookup | DraftLength]  # likewise, if drafts are made
+    search: Search | None  # its sequences are beams then, and its continuations what that finds
 
 
 @dataclasses.dataclass
@@ -99,6 +103,7 @@ class _Flight:
     plans: list[StepPlan | None]
     starts: np.ndarray  # [D, R], where its rows' tokens are
     chosen: jax.Array  # [D, R, P, C]
+    candidates: jax.Array | None  # [D, R, 3, C], of rows that are beams
     scores: jax.Array | None  # [D, T, C]
 
 
@@ -194,26 +199,34 @@ class Engine:
         priority: int = 0,
         deadline_s: float | None = None,
         adapter: str | None = None,
+        beams: BeamOptions | None = None,
         on_text: Callable[[Delta], None] | None = None,
     ) -> str:
         """Queue a request; returns its id.
 
         prompt: as `LLM.generate` takes them. priority: higher is sooner. deadline_s: seconds from now.
         adapter: the name of one that `load_adapter` was given; None is the model as it is.
+        beams: search, with so many rows; all deltas come at its end, one for each of num_return.
         on_text: called with every `Delta`; if it raises, the request ends with the reason "error".
         Raises ValueError for what can never be served, naming the field, and QueueFull.
         """
-        params = self.llm.default_sampling() if params is None else params
+        params = self._default_params(beams) if params is None else params
         ids = self.llm.encode(prompt)
         check_lengths(self.llm.model, [ids], [params.max_new_tokens])
         stop_ids = self.llm.stops(params)
+        asked, rows, search = params, params.n, None
+        if beams is not None:
+            check_beams(beams, params, stop_ids, self.config.max_beams)
+            # Log probabilities come with the candidates.
+            asked, rows = dataclasses.replace(params, n=beams.num_return, logprobs=None), beams.num_beams
+            search = Search(BeamRules(beams, params.max_new_tokens, stop_ids))
         self._check(params, stop_ids)
         grammar = None
         if params.structured is not None:
             if self.llm.tokenizer is None:
                 raise ValueError("SamplingParams.structured needs a tokenizer, and this LLM has none")
             grammar = Grammar.compile(params.structured, self.llm.tokenizer, stop_ids or None)
-        replies = self.llm.replies(prompt, ids, params)
+        replies = self.llm.replies(prompt, ids, asked)
         with self._lock:
             self.adapters.check(adapter)
             number = next(self._numbers)
@@ -224,28 +237,30 @@ class Engine:
                 name,
                 tuple(ids),
                 params.max_new_tokens,
-                params.n,
+                rows,
                 priority,
                 None if deadline_s is None else now + deadline_s,
                 adapter,
                 params=params,
                 reuse_prefix=params.prompt_logprobs is None,
+                search=beams is not None,
             )
             if name in self._live:
                 raise ValueError(f"id={name!r} is in use; give every request its own")
             scheduler.add(request)
             self._live[name] = _Live(
                 params,
-                tier_of([params]),
+                tier_of([asked]),
                 stop_ids,
                 number,
                 self.schedulers.index(scheduler),
                 replies,
                 on_text,
-                params.n,
+                len(replies),
                 pack_mask(params, self.llm.model.config.vocab_size) if params.masked else None,
                 [grammar.start() for _ in replies if grammar],
                 [self._draft_of(params) for _ in replies if self._drafts],
+                search,
             )
         return name
 
@@ -317,25 +332,73 @@ class Engine:
 
         adapter: of all of them, or of each; see `add`.
         """
+        each = self._one_each(prompts, sampling, self._default_params())
+        asked = each if on_text is not None else [params.candidates() for params in each]
+        drawn = zip(self._serve(prompts, asked, adapter, on_text=on_text), each, strict=True)
+        return [output for found, params in drawn for output in best_of(found, params)]
+
+    def beam_search(
+        self,
+        prompts: Sequence[Any],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        num_beams: int | None = None,
+        length_penalty: float | None = None,
+        early_stopping: bool | Literal["never"] | None = None,
+        num_return: int | None = None,
+        adapter: str | Sequence[str | None] | None = None,
+    ) -> list[Output]:
+        """The num_return best continuations of each prompt, best first. See `LLM.beam_search`.
+
+        Needs `EngineConfig.max_beams`. adapter: of all prompts, or of each; see `add`.
+        """
+        beams = self.llm.default_search(
+            num_beams=num_beams,
+            num_return=num_return,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+        )
+        each = self._one_each(prompts, sampling, self._default_params(beams))
+        found = self._serve(prompts, each, adapter, beams=beams)
+        return [output for outputs in found for output in outputs if output.score is not None]
+
+    def _default_params(self, beams: BeamOptions | None = None) -> SamplingParams:
+        """What the model asks for; searches do not sample."""
+        return self.llm.default_sampling(temperature=None if beams is None else 0.0)
+
+    def _one_each(
+        self,
+        prompts: Sequence[Any],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        default: SamplingParams,
+    ) -> list[SamplingParams]:
+        """The parameters of each prompt."""
         if isinstance(prompts, str):
             raise ValueError("prompts is a single string: expected a list of prompts")
         each = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"sampling has {len(each)} entries for {len(prompts)} prompts")
+        return [default if params is None else params for params in each]
+
+    def _serve(
+        self,
+        prompts: Sequence[Any],
+        each: list[SamplingParams],
+        adapter: str | Sequence[str | None] | None,
+        **options: Any,
+    ) -> list[list[Output]]:
+        """Add all prompts, as fast as the queue takes them, and run steps until they have ended."""
         adapters = [adapter] * len(prompts) if isinstance(adapter, str | None) else list(adapter)
         if len(adapters) != len(prompts):
             raise ValueError(f"adapter has {len(adapters)} entries for {len(prompts)} prompts")
-        each = [self.llm.default_sampling() if params is None else params for params in each]
-        outputs: dict[str, list[Output]] = {}
         work = collections.deque(zip(prompts, each, adapters, strict=True))
+        outputs: dict[str, list[Output]] = {}
         try:
             while work or any(name in self._live for name in outputs):
                 try:
                     while work:
                         prompt, params, its = work[0]
-                        if on_text is None:
-                            params = params.candidates()
-                        name = self.add(prompt, params, adapter=its, on_text=on_text)
+                        name = self.add(prompt, params, adapter=its, **options)
                         outputs[name] = [reply.output for reply in self._live[name].replies]
                         work.popleft()
                 except QueueFull:
@@ -347,8 +410,7 @@ class Engine:
             # What was cancelled is reported, and a step that was begun ahead lands.
             while any(name in self._live for name in outputs) or not (self._live or self.idle):
                 self.step()
-        drawn = zip(outputs.values(), each, strict=True)
-        return [output for found, params in drawn for output in best_of(found, params)]
+        return list(outputs.values())
 
     async def stream(
         self, prompt: Any, params: SamplingParams | None = None, **options: Any
@@ -360,9 +422,10 @@ class Engine:
         queue: asyncio.Queue[Delta] = asyncio.Queue()
         loop = asyncio.get_running_loop()
         put = lambda delta: loop.call_soon_threadsafe(queue.put_nowait, delta)  # noqa: E731
-        params = self.llm.default_sampling() if params is None else params
+        beams: BeamOptions | None = options.get("beams")
+        params = self._default_params(beams) if params is None else params
         name = await asyncio.to_thread(self.add, prompt, params, on_text=put, **options)
-        left = params.n
+        left = params.n if beams is None else beams.num_return
         try:
             while left:
                 pull, driver = asyncio.ensure_future(queue.get()), self._driven(loop)
@@ -390,8 +453,8 @@ class Engine:
     @property
     def _may_run_ahead(self) -> bool:
         """Whether a step can be planned without the tokens of the one before."""
-        forms = any(live.grammars for live in self._live.values())
-        return self.config.overlap and not self._drafts and not forms
+        waits = any(live.grammars or live.search for live in self._live.values())
+        return self.config.overlap and not self._drafts and not waits
 
     # The device's side.
 
@@ -407,7 +470,9 @@ class Engine:
         self._move_pages(plans)
         self.adapters.write()
         rows = [plan.rows if plan else [] for plan in plans]
-        self._upload([(d, row) for d, of_shard in enumerate(rows) for row in of_shard if row.first])
+        self._upload(
+            [(d, row) for d, of_shard in enumerate(rows) for row in of_shard if self._is_new(row)]
+        )
         costs = [sum(self._up(row.count) for row in plan.chunks) if plan else 0 for plan in plans]
         scored = any(self._is_scored(row) for of_shard in rows for row in of_shard)
         most = (max(map(len, rows)), max(*costs, int(scored)))
@@ -429,11 +494,31 @@ class Engine:
         results = forward(self.adapters.params, cache, self._slots.newest, packed)
         logits, cache, hidden, scores = results
         self._caches = (cache, *others)
+        candidates = self._candidates(rows, shape, logits)
         chosen = self._choose(rows, tier, logits, hidden, of)
-        for array in jax.tree.leaves((chosen, scores)):
+        for array in jax.tree.leaves((chosen, scores, candidates)):
             array.copy_to_host_async()
-        self._flights.append(_Flight(plans, parts["starts"], chosen, scores))
+        self._flights.append(_Flight(plans, parts["starts"], chosen, candidates, scores))
         return True
+
+    def _is_new(self, row: Row) -> bool:
+        """Whether a row's slot must be told how it samples; of beams with penalties, what they hold."""
+        live = self._live[row.sequence.request.id]
+        return row.first or (live.search is not None and live.params.penalized)
+
+    def _candidates(
+        self, rows: list[list[Row]], shape: StepShape, logits: jax.Array
+    ) -> jax.Array | None:
+        """How the step's beams may go on, [D, R, 3, C]; None where it has no beam."""
+        of, tier = np.zeros((self._shards, 2, shape.rows), np.int32), None
+        of[:, 0] = self.config.max_rows
+        for d, of_shard in enumerate(rows):
+            for i, row in enumerate(of_shard):
+                live = self._live[row.sequence.request.id]
+                if live.search is not None and row.samples:
+                    of[d, :, i] = row.sequence.slot, len(row.sequence.generated)
+                    tier = max(tier or GREEDY, live.tier, key=TIERS.index)
+        return None if tier is None else self.programs.candidates(shape, tier)(logits, self._slots, of)
 
     def _choose(
         self, rows: list[list[Row]], tier: SamplingFeatures, logits, hidden, of: np.ndarray
@@ -482,6 +567,8 @@ class Engine:
             return
         for sequence in itertools.chain(*(scheduler.running for scheduler in self.schedulers)):
             live = self._live[sequence.request.id]
+            if live.search is not None:
+                continue
             left = sequence.request.max_new_tokens - len(sequence.generated) - 1
             ready = sequence.pending == 0 and sequence.computed == sequence.length - 1 and left > 0
             if ready:
@@ -532,7 +619,7 @@ class Engine:
             if "targets" in parts:
                 after = prompt[row.start + 1 : row.start + row.count + 1]
                 parts["targets"][d, at : at + len(after)] = after
-            if row.samples:
+            if row.samples and not sequence.request.search:
                 made = row.start + row.count - drafted - len(prompt)
                 of[d, i, :2] = sequence.slot, made
                 if drafted:
@@ -629,6 +716,7 @@ class Engine:
             chosen = chosen[:, :, None]
         scores = None if flight.scores is None else read_chosen(np.asarray(flight.scores))
         found = read_chosen(chosen)
+        beams = () if flight.candidates is None else read_candidates(np.asarray(flight.candidates))
         deltas: list[Delta] = []
         for d, plan in enumerate(flight.plans):
             if plan is None:
@@ -640,14 +728,26 @@ class Engine:
                 if scores is not None and self._is_scored(row):
                     at = flight.starts[d, i]
                     self._score(row, [x[d, at : at + row.count] for x in scores])
-                if row.samples:
+                search = self._live[row.sequence.request.id].search
+                if row.samples and search is not None:
+                    search.take(row.sequence, Candidates(*(x[d, i] for x in beams)))
+                elif row.samples:
                     tokens[i], texts[row.sequence], ended = self._reply(row, [x[d, i] for x in found])
                     stopped |= {i} if ended else set()
             start = time.perf_counter()
             events = self.schedulers[d].commit(plan, tokens, stopped)
             self.scheduling_s += time.perf_counter() - start
-            deltas += self._reported(events, texts)
+            deltas += self._reported(events, texts) + self._advance(d, plan)
         return deltas
+
+    def _advance(self, d: int, plan: StepPlan) -> list[Delta]:
+        """Let the searches of a step that has landed go on; what has become of those that are over."""
+        scheduler = self.schedulers[d]
+        for name in dict.fromkeys(row.sequence.request.id for row in plan.rows):
+            search = self._live[name].search if name in self._live else None
+            if search is not None and not search.advance(scheduler):
+                scheduler.cancel(name, Reason.STOP)
+        return self._reported(scheduler.poll())
 
     def _reply(self, row: Row, found: list[np.ndarray]) -> tuple[list[int], str, bool]:
         """(new tokens, their text, whether it ends there) of a row's [P, ...] choices."""
@@ -680,8 +780,14 @@ class Engine:
         """The events as callers see them; requests that have ended are forgotten."""
         deltas = []
         for event in events:
-            delta = self._delta(event, (texts or {}).get(event.sequence, ""))
-            deltas.append(delta)
+            name = event.sequence.request.id
+            live = self._live.get(name)
+            if live is None:
+                continue  # a search, which ended with the event of its first beam
+            if live.search is not None:
+                deltas += self._found(name, live, event.reason)
+            else:
+                deltas.append(self._delta(event, (texts or {}).get(event.sequence, "")))
         return deltas
 
     def _delta(self, event: Event, text: str) -> Delta:
@@ -696,14 +802,37 @@ class Engine:
         delta = Delta(name, sample, text, tuple(event.tokens), reason, reply.output)
         if not live.left:
             del self._live[name]
+        self._tell(live, delta)
+        return delta
+
+    def _found(self, name: str, live: _Live, reason: Reason) -> list[Delta]:
+        """What a search that ends now has found; outputs beyond that stay empty, without a score."""
+        assert live.search is not None
+        del self._live[name]
+        deltas, found = [], live.search.rules.found()
+        for sample, reply in enumerate(live.replies):
+            output = reply.output
+            if sample < len(found):
+                self.llm.fill(
+                    output, live.params, list(found[sample].tokens), list(found[sample].logprobs)
+                )
+                output.score = float(found[sample].score)
+            if sample >= len(found) or reason != Reason.STOP:
+                output.finish_reason = str(reason)
+            tokens, ended = tuple(output.token_ids), output.finish_reason
+            deltas.append(Delta(name, sample, output.text, tokens, ended, output))
+            self._tell(live, deltas[-1])
+        return deltas
+
+    def _tell(self, live: _Live, delta: Delta) -> None:
+        """Call a request's own callback."""
         if live.on_text is not None:
             try:
                 live.on_text(delta)
             except Exception:  # the caller's own: it must not touch other requests
-                logger.exception("request %s: its callback raised, it ends here", name)
+                logger.exception("request %s: its callback raised, it ends here", delta.id)
                 live.on_text = None
-                self.schedulers[live.shard].cancel(name, Reason.ERROR)
-        return delta
+                self.schedulers[live.shard].cancel(delta.id, Reason.ERROR)
 
     # Checks and sizes.
 

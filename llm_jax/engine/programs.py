@@ -24,6 +24,7 @@ from llm_jax.infer.llm import LLM
 from llm_jax.infer.paged_steps import (
     Slots,
     StepShape,
+    make_paged_candidates,
     make_paged_forward,
     make_paged_sample,
     make_paged_verify,
@@ -31,7 +32,7 @@ from llm_jax.infer.paged_steps import (
     make_write_masks,
     make_write_slots,
 )
-from llm_jax.ops.sampling import TIERS, SamplingFeatures, new_rows
+from llm_jax.ops.sampling import EVERYTHING, GREEDY, MAX_STOPS, TIERS, SamplingFeatures, new_rows
 from llm_jax.sharding import batch_sharding, data_shards
 
 logger = logging.getLogger(__name__)
@@ -192,6 +193,10 @@ class Programs(Compiled):
         """See `make_paged_verify`."""
         return self._get(("verify", rows, features))
 
+    def candidates(self, shape: StepShape, features: SamplingFeatures) -> Callable:
+        """See `make_paged_candidates`; features: GREEDY or EVERYTHING."""
+        return self._get(("candidates", shape.samples, shape.rows, features))
+
     @property
     def write_slots(self) -> Callable:
         """See `make_write_slots`; of `WRITTEN` slots."""
@@ -231,6 +236,9 @@ class Programs(Compiled):
             work += [("verify", n, tier) for n in self.buckets.mixed for tier in TIERS]
         single = [shape.samples for shape in shapes if shape.samples == shape.rows]
         work += [("choose", n, tier) for n in sorted(set(single)) for tier in TIERS]
+        if self._config.max_beams:
+            sizes = sorted({(shape.samples, shape.rows) for shape in shapes})
+            work += [("candidates", *size, tier) for size in sizes for tier in (GREEDY, EVERYTHING)]
         work += [("write_slots",), ("write_masks",), ("write_history",)]
         to_host = self._config.host_pages or self._config.prefix_host_pages
         of_pages = ("copy_pages", "take_pages", "put_pages") if to_host else ("copy_pages",)
@@ -247,6 +255,12 @@ class Programs(Compiled):
             case ("choose", samples, features):
                 logits, of = self._of_rows(samples, vocab, dtype=np.float32), self._of_rows(2, samples)
                 return make_paged_sample(features, strict), (logits, slots, of, *self._hidden(samples))
+            case ("candidates", samples, rows, features):
+                logits = self._of_rows(samples, vocab, dtype=np.float32)
+                # A beam's extensions by K others and by all stop ids: K go on whatever ends.
+                count = min(vocab, self._config.max_beams + MAX_STOPS)
+                args = (logits, slots, self._of_rows(2, rows))
+                return make_paged_candidates(features, count, strict), args
             case ("verify", rows, features):
                 places = self.buckets.drafts + 1
                 logits = self._of_rows(rows * places, vocab, dtype=np.float32)

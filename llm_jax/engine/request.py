@@ -26,11 +26,12 @@ class Request:
     id: str
     prompt: tuple[int, ...]
     max_new_tokens: int
-    n: int = 1  # independent samples
+    n: int = 1  # independent samples, or the beams of a search
     priority: int = 0  # higher is sooner
     deadline: float | None = None  # seconds, on the scheduler's clock
     adapter: str | None = None  # prefixes are shared only within one adapter
     reuse_prefix: bool = True  # False: neither takes pages from the prefix cache nor leaves any there
+    search: bool = False  # its sequences go on together, by `Scheduler.extend`
     params: Any = None  # the engine's own (sampling and so on); the scheduler does not look
 
 

@@ -151,8 +151,36 @@ class Scheduler:
         if token is not None:
             copy.tokens[-1] = token
         self._live[sequence.request.id].append(copy)
-        self._share_pages(sequence, copy)
+        self._share_pages(sequence, copy, min(sequence.computed, len(copy.tokens) - 1))
+        bisect.insort(self._running, copy, key=_rank)
         return copy
+
+    def extend(self, beams: list[tuple[Sequence, int]]) -> list[Sequence]:
+        """Let a search go on with these n beams: each continues one of its sequences by a token.
+
+        Returns the sequences of the new beams: a sequence goes on as its first child, and the others,
+        which share its pages, take the place of sequences without a child. No row of the search may
+        await its commit. ValueError where a parent is not computed.
+        """
+        for parent, _ in beams:
+            if parent.slot < 0 or parent.computed != parent.length:
+                raise ValueError(f"sequence {parent.key} is not computed: extend it after its commit")
+        parents = {parent for parent, _ in beams}
+        given_up = [s for s in self._live[beams[0][0].request.id] if s not in parents]
+        for sequence in given_up:
+            self._release_pages(sequence)
+        extended = []
+        for parent, _ in beams:
+            if parent not in extended:
+                extended.append(parent)
+                continue
+            self.statistics.forks += 1
+            extended.append(given_up.pop(0))
+            extended[-1].tokens = list(parent.tokens)
+            self._share_pages(parent, extended[-1], parent.computed)
+        for sequence, (_, token) in zip(extended, beams, strict=True):
+            sequence.tokens.append(token)
+        return extended
 
     def poll(self) -> list[Event]:
         """Events that no commit has returned: cancellations, deadlines met while planning."""
@@ -188,14 +216,15 @@ class Scheduler:
     ) -> list[Event]:
         """Take in what the oldest open plan sampled; returns the events since the last time.
 
-        tokens: by index into plan.rows, for rows that sample: one token, or up to 1 + drafted. stopped:
-        indices of rows whose last token ends them. What has ended already is ignored.
+        tokens: by index into plan.rows, for rows that sample: one token, or up to 1 + drafted; none for
+        beams, see `extend`. stopped: indices of rows whose last token ends them. What has ended already
+        is ignored.
         """
         if not self._open or self._open[0] is not plan:
             raise ValueError(f"plan {plan.number} is not the oldest that awaits its commit")
         self._open.popleft()
         for index, row in enumerate(plan.rows):
-            if row.samples and row.sequence.finished is None:
+            if _expected(row) and row.sequence.finished is None:
                 self._accept(row, tokens.get(index, []), index in stopped)
         self._expire(self._clock())
         return self._take_events()
@@ -256,8 +285,7 @@ class Scheduler:
         plan.cost += self._cost(count)
         sequence.fresh = False
         sequence.computed += count
-        if samples:
-            sequence.pending += 1 + drafted
+        sequence.pending += _expected(row)
         if drafted:
             sequence.verifying = row
 
@@ -268,8 +296,9 @@ class Scheduler:
             self._remember(sequence)
         if row.samples and sequence.siblings:
             for sibling, slot in zip(sequence.siblings, sequence.spare, strict=True):
-                sibling.slot = slot
-                self._share_pages(sequence, sibling)
+                sibling.slot, sibling.fresh = slot, True
+                self._share_pages(sequence, sibling, self._in_common(sequence, sibling))
+                bisect.insort(self._running, sibling, key=_rank)
             sequence.siblings, sequence.spare = [], []
 
     def _accept(self, row: Row, tokens: list[int], stopped: bool) -> None:
@@ -363,7 +392,8 @@ class Scheduler:
             need = self._pages(stop if spec.window else sequence.length) - len(pages)
             need += sum(map(pool.is_idle, pages)) + sum(page >= 0 for page in hosts)
             if others:
-                need += margin + len(sequence.siblings)
+                made = self._pages(sequence.length) - self._pages(len(sequence.request.prompt))
+                need += margin + len(sequence.siblings) * (1 + made)  # beams differ in what they made
             if need > pool.available:
                 return False
         return True
@@ -430,10 +460,13 @@ class Scheduler:
             pages += new
         return True
 
+    def _hidden(self, spec: PoolSpec, start: int) -> int:
+        """Leading pages of a pool with a window that tokens from `start` on do not see."""
+        return max(0, start - spec.window + 1) // self.config.page_size
+
     def _slide(self, spec: PoolSpec, pool: PagePool | HostPages, pages: list[int], start: int) -> None:
         """Release the pages of a pool with a window that tokens from `start` on do not see."""
-        hidden = max(0, start - spec.window + 1) // self.config.page_size
-        for at in range(hidden - 1, -1, -1):
+        for at in range(self._hidden(spec, start) - 1, -1, -1):
             if pages[at] < 0:
                 return  # so are those before
             pool.release(pages[at])
@@ -444,20 +477,30 @@ class Scheduler:
         while any(need > pool.available for need, pool in zip(needs, self.pools, strict=True)):
             lowest = self._running[-1]
             self._preempt(plan, lowest)
-            if lowest is sequence:
+            if sequence.slot < 0:
                 return False
         return True
 
-    def _share_pages(self, parent: Sequence, child: Sequence) -> None:
-        """Start a fork, which computes its last known token itself: the parent's pages of the others."""
-        child.computed = min(parent.computed, len(child.tokens) - 1)
-        whole = self._pages(child.computed)
+    def _share_pages(self, parent: Sequence, child: Sequence, computed: int) -> None:
+        """Give a child the pages of its first `computed` tokens, which are the parent's too."""
+        child.computed = computed
+        whole = self._pages(computed)
         child.pages = [pages[:whole] for pages in parent.pages]
         for pool, pages in zip(self.pools, child.pages, strict=True):
             for page in pages:
                 if page >= 0:
                     pool.share(page)
-        bisect.insort(self._running, child, key=_rank)
+
+    def _in_common(self, parent: Sequence, child: Sequence) -> int:
+        """Tokens whose pages of a running parent are a child's too, which computes its last itself."""
+        most = min(parent.computed, len(child.tokens) - 1)
+        pairs = enumerate(zip(parent.tokens[:most], child.tokens, strict=False))
+        common = next((at for at, (a, b) in pairs if a != b), most)
+        for spec, pages in zip(self.config.pools, parent.pages, strict=True):
+            seen = self._hidden(spec, common) if spec.window else 0
+            if min(pages[seen : self._pages(common)], default=0) < 0:
+                return 0  # the parent's window is past what the child sees
+        return common
 
     def _remember(self, sequence: Sequence) -> None:
         """Leave pages filled with known tokens in the prefix cache."""
@@ -473,11 +516,28 @@ class Scheduler:
     def _preempt(self, plan: StepPlan, sequence: Sequence) -> None:
         """Send a running sequence back to the queue, without its slot, pages and row in this plan."""
         self.statistics.preemptions += 1
-        intact = self._undo(plan, sequence)
-        if not (intact and self._offload(plan, sequence)):
-            sequence.computed, sequence.verifying = 0, None
-        self._leave(sequence)
+        if sequence.request.search:
+            sequence = self._gather(plan, sequence.request.id)
+        else:
+            intact = self._undo(plan, sequence)
+            if not (intact and self._offload(plan, sequence)):
+                sequence.computed, sequence.verifying = 0, None
+            self._leave(sequence)
         bisect.insort(self._waiting, sequence, key=_rank)
+
+    def _gather(self, plan: StepPlan, id: str) -> Sequence:
+        """Take all beams of a search out of their slots; the first, which now stands for the others.
+
+        Beams wait for each other, so two searches of which each has some beams running could wait for
+        each other's pages. The others will share what the first has computed, as samples do.
+        """
+        beams = [sequence for sequence in self._live[id] if sequence.slot >= 0]
+        for sequence in beams:
+            self._undo(plan, sequence)
+            sequence.computed = 0
+            self._leave(sequence)
+        beams[0].siblings += beams[1:]
+        return beams[0]
 
     def _undo(self, plan: StepPlan, sequence: Sequence) -> bool:
         """Take the row of a sequence out of the plan; whether its pages hold all that was computed."""
@@ -487,8 +547,7 @@ class Scheduler:
         (plan.decodes if row.count == 1 else plan.chunks).remove(row)
         plan.cost -= self._cost(row.count)
         sequence.computed = row.start
-        if row.samples:
-            sequence.pending -= 1 + row.drafted
+        sequence.pending -= _expected(row)
         if row.drafted:
             sequence.verifying = None
         mine = {(pool, page) for pool, pages in enumerate(sequence.pages) for page in pages}
@@ -550,14 +609,17 @@ class Scheduler:
         _remove(self._running, sequence)
         for slot in [sequence.slot, *sequence.spare]:
             heapq.heappush(self._slots, slot)
+        self._release_pages(sequence)
+        sequence.slot, sequence.spare, sequence.draft = -1, [], []
+        self._released.append(sequence)
+
+    def _release_pages(self, sequence: Sequence) -> None:
         for pool, pages in zip(self.pools, sequence.pages, strict=True):
             for page in reversed(pages):  # so that the prefix cache gives up the last pages first
                 if page >= 0:
                     pool.release(page)
-        sequence.slot, sequence.spare, sequence.draft = -1, [], []
         sequence.pages = self._no_pages()
         sequence.node, sequence.kept = None, 0
-        self._released.append(sequence)
 
     def _finish(self, sequence: Sequence, reason: Reason, tokens: list[int] | None = None) -> None:
         """End a sequence wherever it is."""
@@ -612,13 +674,18 @@ class Scheduler:
                 f"{name}: {len(request.prompt)} prompt tokens and max_new_tokens="
                 f"{request.max_new_tokens} are more than max_length={config.max_length}; shorten one"
             )
+        windows = any(spec.window for spec in config.pools)  # beams may not share what these have passed
         for spec in config.pools:
             pages = self._pages(total - 1)  # the last token is never an input
             if spec.window:  # what a chunk sees, and the token after it; they begin anywhere in a page
                 pages = min(pages, self._pages(spec.window + config.chunk_limit) + 1)
+            beams = request.n if request.search else 1
+            shared = 0 if windows else len(request.prompt) // config.page_size
+            pages = shared + beams * (pages - shared)
             if pages > spec.pages - 1:
+                of = f"{beams} beams of {total} tokens" if request.search else f"{total} tokens"
                 raise ValueError(
-                    f"{name}: {total} tokens need {pages} pages and {spec} gives out {spec.pages - 1}: "
+                    f"{name}: {of} need {pages} pages and {spec} gives out {spec.pages - 1}: "
                     "shorten the request, or give the pool more pages"
                 )
 
@@ -639,6 +706,11 @@ def _remove(ranked: list[Sequence], sequence: Sequence) -> None:
 
 def _rank(sequence: Sequence) -> tuple[float, int, int]:
     return sequence.rank
+
+
+def _expected(row: Row) -> int:
+    """Tokens that the commit of a row brings at most; beams get theirs by `extend`."""
+    return 1 + row.drafted if row.samples and not row.sequence.request.search else 0
 
 
 def _to_sample(sequence: Sequence) -> int:

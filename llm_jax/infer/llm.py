@@ -23,10 +23,11 @@ from llm_jax.data.chat import encode_chat
 from llm_jax.data.detokenize import StreamingDecoder
 from llm_jax.data.tokenizer import load_tokenizer
 from llm_jax.data.tokenizer_base import Tokenizer
-from llm_jax.infer.beam import BeamOptions, Hypotheses, beam_search, check_searchable
+from llm_jax.infer.beam import beam_search
+from llm_jax.infer.beam_options import BeamOptions, check_searchable
 from llm_jax.infer.generate import Chunk, Compiled, Timing, check_lengths, generate
 from llm_jax.infer.replies import Output, Reply, best_of
-from llm_jax.infer.scoring import score, score_strictly
+from llm_jax.infer.scoring import score_at_once, score_strictly
 from llm_jax.infer.timeline import Timeline
 from llm_jax.models import Model, Params, describe
 from llm_jax.ops.sampling import SamplingParams
@@ -270,11 +271,13 @@ class LLM:
                 timing=timing,
             )
             for row, i in enumerate(batch):
-                text = _text_of(prompts[i])
-                for sample in range(options.num_return):
-                    if found.scores[row, sample] > -math.inf:
-                        output = Output(text, ids[i], sample)
-                        outputs.append(self._fill(output, requests[i], found, row))
+                for sample, score in enumerate(found.scores[row].tolist()):
+                    if score > -math.inf:
+                        output = Output(_text_of(prompts[i]), ids[i], sample, score=score)
+                        tokens = [t for t in found.tokens[row, sample].tolist() if t >= 0]
+                        logprobs = found.logprobs[row, sample, : len(tokens)].tolist()
+                        self.fill(output, requests[i], tokens, logprobs)
+                        outputs.append(output)
         self.stats = Stats()
         self.stats.ttft_s = time.perf_counter() - began - timing.compile_s  # nothing comes sooner
         self._set_rates(timing)
@@ -300,23 +303,21 @@ class LLM:
             if strict:
                 rows = score_strictly(*given, self.compiled, page_size or 32)
             else:
-                rows = score(*given, self.compiled)
+                rows = score_at_once(*given, self.compiled)
             found += [row.tolist() for row in rows]
         return found
 
-    def _fill(self, output: Output, request: SamplingParams, found: Hypotheses, row: int) -> Output:
-        """The output with what a beam search found for it."""
-        tokens = found.tokens[row, output.sample]
-        output.token_ids = tokens[tokens >= 0].tolist()
-        output.score = float(found.scores[row, output.sample])
-        if request.logprobs is not None:
-            output.logprobs = found.logprobs[row, output.sample, : len(output.token_ids)].tolist()
-        ended = output.token_ids[-1] in self.stops(request)
+    def fill(
+        self, output: Output, request: SamplingParams, tokens: list[int], logprobs: list[float]
+    ) -> None:
+        """Write what a beam search found into its output: tokens, as many log probabilities, text."""
+        output.token_ids = tokens
+        output.logprobs = None if request.logprobs is None else logprobs
+        ended = tokens[-1] in self.stops(request)
         output.finish_reason = "stop" if ended else "length"
         if (decoder := self._decoder(output.prompt_ids)) is not None:
-            shown = output.token_ids[: len(output.token_ids) - ended]
+            shown = tokens[: len(tokens) - ended]
             output.text = "".join(map(decoder.push, shown)) + decoder.flush()
-        return output
 
     def _stream(self, prompts, requests, timeline):
         """Yields (new outputs, None, "") at the start of a batch, then (None, output, text)."""

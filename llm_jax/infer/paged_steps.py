@@ -34,6 +34,7 @@ from llm_jax.ops.sampling import (
     SamplingFeatures,
     SamplingState,
     new_rows,
+    process_logits,
     sample,
     token_logprobs,
     write_history,
@@ -195,11 +196,15 @@ def _score_alone(unembed: Callable, hidden: jax.Array, targets: jax.Array, alter
 
 def _chosen_bits(tokens, logprob=None, top_ids=None, top_logprobs=None) -> jax.Array:
     """[..., C] int32: see `read_chosen`."""
-    bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)  # noqa: E731
     parts = [tokens[..., None]]
     if logprob is not None:
-        parts += [bits(logprob)[..., None], top_ids, bits(top_logprobs)]
+        parts += [_bits(logprob)[..., None], top_ids, _bits(top_logprobs)]
     return jnp.concatenate(parts, axis=-1)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """float32 as int32."""
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
 
 
 @jax.tree_util.register_dataclass
@@ -291,9 +296,46 @@ def make_paged_verify(features: SamplingFeatures, strict: bool = False) -> Calla
     return verify
 
 
+@functools.lru_cache(maxsize=64)
+def make_paged_candidates(features: SamplingFeatures, count: int, strict: bool = False) -> Callable:
+    """f(logits [D, R P, V], slots, of [D, 2, R] int32) -> candidates [D, R, 3, C] int32, the C = `count`
+    likeliest next tokens of each row, likeliest first, for beam search: see `read_candidates`.
+
+    of: as of `make_paged_sample`. Of a row's P places the first counts. strict: a row at a time.
+    """
+
+    def likeliest(logits, state):
+        own = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        processed, tokens = jax.lax.top_k(process_logits(own, state, features), count)
+        bits = [_bits(x) for x in (processed, jnp.take_along_axis(own, tokens, axis=-1))]
+        return jnp.stack([tokens, *bits], axis=1)  # [R, 3, C]
+
+    @jax.jit
+    def candidates(logits, slots, of):
+        def rows(logits, slots, of):
+            first = logits.reshape(of.shape[1], -1, logits.shape[-1])[:, 0]
+            state = dataclasses.replace(rows_of(slots, of[0]), step=of[1])
+            return _one_row_each(likeliest, first, state) if strict else likeliest(first, state)
+
+        return jax.vmap(rows)(logits, slots, of)
+
+    return candidates
+
+
+def read_candidates(candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(tokens, log probabilities after penalties, bias and masks, the model's own), [..., C] each."""
+    floats = candidates.view(np.float32)
+    return candidates[..., 0, :], floats[..., 1, :], floats[..., 2, :]
+
+
 def _row_by_row(logits: jax.Array, state: SamplingState, features: SamplingFeatures):
     """`sample` of each row of [S, V] on its own, by the same code."""
-    one = lambda x: sample(x[0][None], jax.tree.map(lambda y: y[None], x[1]), features)  # noqa: E731
+    return _one_row_each(lambda *row: sample(*row, features), logits, state)
+
+
+def _one_row_each(run: Callable, logits: jax.Array, state: SamplingState):
+    """What `run` makes of each row of [S, V] on its own."""
+    one = lambda x: run(*jax.tree.map(lambda y: y[None], x))  # noqa: E731
     return jax.tree.map(lambda x: x[:, 0], jax.lax.map(one, (logits, state)))
 
 

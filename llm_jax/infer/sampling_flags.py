@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags
 
-from llm_jax.infer.beam import BeamOptions
+from llm_jax.infer.beam_options import BeamOptions
 from llm_jax.infer.llm import LLM
 from llm_jax.ops.sampling_params import SamplingParams, StructuredSpec
 

@@ -38,7 +38,7 @@ def make_score(model: Model) -> Callable:
     return score
 
 
-def score(
+def score_at_once(
     model: Model, params: Params, mesh: Mesh, texts: Sequence[Sequence[int]], compiled: Compiled
 ) -> list[np.ndarray]:
     """[len(text) - 1] float32 for each text, of its tokens but the first; in one batch."""

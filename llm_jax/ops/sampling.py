@@ -21,11 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.ops.sampling_params import SamplingParams
+from llm_jax.ops.sampling_params import MAX_STOPS, SamplingParams
 
 # Widths of a table for rows yet unknown: a row that needs more is refused.
 MAX_BIASES = 300  # as many as the OpenAI interface takes
-MAX_STOPS = 16
 MAX_LOGPROBS = 20  # alternatives in the widest tier; also OpenAI's limit
 
 _ALL_TOKENS = np.uint32(0xFFFFFFFF)

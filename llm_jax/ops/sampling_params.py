@@ -14,6 +14,8 @@ import numpy as np
 # about 10 are 1e-6 apart), and dividing by it nears overflow: such a request is greedy.
 MIN_TEMPERATURE = 1e-6
 
+MAX_STOPS = 16  # ids that end a row, in a table for rows yet unknown; see sampling.new_rows
+
 _FLOAT32 = np.finfo(np.float32)
 _INT32_MAX = np.iinfo(np.int32).max
 

@@ -136,6 +136,16 @@ def test_meshes(loras, expected, mesh):
     assert all(s.statistics.requests > 0 for s in serving.schedulers)
 
 
+@pytest.mark.slow
+def test_searches_of_several_adapters(llm, loras):
+    serving, options = engine(llm, loras, max_beams=3), {"num_beams": 3, "num_return": 2}
+    outputs = serving.beam_search(PROMPTS[:1] * 4, ASKED, adapter=NAMES, **options)
+    for i, name in enumerate(NAMES):
+        wanted = loras[name][2].beam_search(PROMPTS[:1], ASKED, **options)
+        for output, other in zip(outputs[2 * i : 2 * i + 2], wanted, strict=True):
+            agree(output, other)
+
+
 def test_loading_and_unloading_compile_nothing(llm, loras, expected):
     serving = engine(llm, loras, ["poet"], compile_ahead=True, adapters=1, max_rows=1)
     serve(serving, expected, [None, "poet"])

@@ -187,10 +187,10 @@ CHECKS = {
     "max_rows": lambda _: (most_at_once(2), most_at_once(4)) == (2, 4),
     "token_budget": lambda _: statistics(token_budget=19).steps > statistics(token_budget=64).steps,
     "max_length": lambda _: refused(ValueError, "max_length=32", max_length=32),
-    "page_size": lambda _: made(page_size=8)._cache.page_size == 8,
+    "page_size": lambda _: made(page_size=8)._caches[0].page_size == 8,
     "pages": lambda _: pages(pages=(21,)) == 20,
     "memory_share": memory_share,
-    "cache_dtype": lambda _: made(cache_dtype="int8")._cache.pools[0].tokens.dtype == jnp.int8,
+    "cache_dtype": lambda _: made(cache_dtype="int8")._caches[0].pools[0].tokens.dtype == jnp.int8,
     "max_queue": lambda _: refused(QueueFull, "max_queue=1", (LONG, LONG), max_queue=1),
     "prefix_cache": lambda _: statistics().hit_tokens > statistics(prefix_cache=False).hit_tokens == 0,
     "preemption": preemption,
@@ -206,7 +206,7 @@ CHECKS = {
     "trace": trace,
     "seed": seeds,
 }
-ELSEWHERE = {"adapters", "adapter_rank", "adapter_targets"}  # test_adapters.py
+ELSEWHERE = {"adapters", "adapter_rank", "adapter_targets", "max_beams"}  # test_{adapters,beams}.py
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(EngineConfig)])

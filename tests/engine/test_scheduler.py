@@ -65,7 +65,7 @@ class Device:
         self._check_reads(plan, chains)
         tokens, stopped = {}, set()
         for index, row in enumerate(plan.rows):
-            if row.samples:
+            if row.samples and not row.sequence.request.search:
                 tokens[index] = self._sample(row)
                 if tokens[index][-1] == STOP:
                     stopped.add(index)
@@ -167,6 +167,28 @@ class Harness:
 
     def commit(self):
         self._take(self.scheduler.commit(*self.open.popleft()))
+        self.search()
+
+    def search(self):
+        """Let searches go on whose beams are all computed; a beam has what follows one of the last."""
+        rows = [row.sequence.request.id for plan, *_ in self.open for row in plan.rows]
+        groups = collections.defaultdict(list)
+        for sequence in self.scheduler.running:
+            if sequence.request.search and sequence.request.id not in rows:
+                groups[sequence.request.id].append(sequence)
+        for id, beams in groups.items():
+            request, begun = beams[0].request, bool(beams[0].generated)
+            waited = beams if begun else beams[:1]
+            if len(beams) < request.n or any(s.computed < s.length for s in waited):
+                continue
+            if len(beams[0].generated) + 1 >= request.max_new_tokens:
+                self.scheduler.cancel(id, Reason.STOP)
+                self._take(self.scheduler.poll())
+                continue
+            draw = random.Random(f"{id} {beams[0].tokens}")
+            grown = [(draw.choice(waited), draw.choice([1, 2])) for _ in beams]
+            wanted = [[*parent.tokens, token] for parent, token in grown]
+            assert [s.tokens for s in self.scheduler.extend(grown)] == wanted
 
     def cancel(self, id):
         found = self.scheduler.cancel(id)
@@ -181,7 +203,7 @@ class Harness:
     def draft(self, right):
         """Drafts for the running sequences, of which the first `right` tokens will be accepted."""
         for sequence in self.scheduler.running:
-            if not sequence.pending:
+            if not sequence.pending and not sequence.request.search:
                 at = len(sequence.tokens)
                 good = [sampled(sequence.request, sequence.sample, at + i) for i in range(right)]
                 sequence.draft = [*good, 1, 2]
@@ -252,7 +274,7 @@ class Harness:
 
     def _check_tokens(self, sequence, reason):
         request, got = sequence.request, sequence.generated
-        if sequence.key not in self.beams:
+        if sequence.key not in self.beams and not request.search:
             begin = len(request.prompt)
             assert got == [sampled(request, sequence.sample, begin + i) for i in range(len(got))]
             assert STOP not in got[:-1]
@@ -303,6 +325,7 @@ def random_request(draw):
         "prompt": prompt,
         "new": draw([1, 2, 5, 12]),
         "n": draw([1, 1, 1, 2, 3]),
+        "search": draw([False, False, True]),
         "priority": draw([0, 0, 0, 1, 5]),
         "adapter": draw([None, None, "a"]),
         "reuse_prefix": draw([True, True, True, False]),
@@ -311,7 +334,7 @@ def random_request(draw):
 
 def operate(harness, draw):
     """One random operation."""
-    running = harness.scheduler.running
+    running = [s for s in harness.scheduler.running if not s.request.search]
     what = draw(
         ["plan"] * 6 + ["commit"] * 6 + ["add"] * 4 + ["draft"] * 2 + ["cancel", "fork", "end", "time"]
     )
@@ -324,7 +347,7 @@ def operate(harness, draw):
         harness.add(**random_request(draw), deadline=deadline)
     elif what == "cancel" and harness.begun:
         harness.cancel(f"r{draw(range(max(1, harness.begun - 8), harness.begun + 1))}")
-    elif what == "fork" and running and len(running) < harness.config.max_rows:
+    elif what == "fork" and running:
         sequence = draw(running)
         if sequence.pending <= 1 and harness.scheduler.load().running < harness.config.max_rows:
             harness.fork(sequence)
