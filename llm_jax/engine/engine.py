@@ -36,10 +36,11 @@ from llm_jax.engine.request import Reason, Request
 from llm_jax.engine.request import Sequence as Running
 from llm_jax.engine.scheduler import QueueFull, Scheduler
 from llm_jax.engine.structured import Grammar, GrammarState
+from llm_jax.engine.taps import Recorder, StepTaps, step_taps
 from llm_jax.engine.trace import TraceWriter
 from llm_jax.infer.generate import check_lengths
 from llm_jax.infer.llm import LLM
-from llm_jax.infer.paged_steps import init_slots, read_chosen
+from llm_jax.infer.paged_steps import StepShape, init_slots, make_paged_forward, read_chosen
 from llm_jax.infer.replies import Output, Reply, best_of
 from llm_jax.kernels.choice import kernel_refusal
 from llm_jax.ops.linear import LowRank
@@ -53,6 +54,7 @@ from llm_jax.ops.sampling import (
     tier_of,
 )
 from llm_jax.ops.sampling_params import SamplingParams
+from llm_jax.ops.taps import Taps
 from llm_jax.sharding import data_shards
 
 logger = logging.getLogger(__name__)
@@ -85,6 +87,8 @@ class _Live:
     mask: np.ndarray | None  # [W] uint32, the tokens that may ever come
     grammars: list[GrammarState]  # of each continuation, if they are to have a form
     lookups: list[PromptLookup]  # likewise, if drafts are made
+    taps: Taps | None
+    recorders: list[Recorder]  # likewise, if something is recorded
 
 
 @dataclasses.dataclass
@@ -95,6 +99,7 @@ class _Flight:
     starts: np.ndarray  # [D, R], where its rows' tokens are
     chosen: jax.Array  # [D, R, P, C]
     scores: jax.Array | None  # [D, T, C]
+    taps: StepTaps | None
 
 
 class Engine:
@@ -167,12 +172,14 @@ class Engine:
         priority: int = 0,
         deadline_s: float | None = None,
         adapter: str | None = None,
+        taps: Taps | None = None,
         on_text: Callable[[Delta], None] | None = None,
     ) -> str:
         """Queue a request; returns its id.
 
         prompt: as `LLM.generate` takes them. priority: higher is sooner. deadline_s: seconds from now.
         adapter: the name of one that `load_adapter` was given; None is the model as it is.
+        taps: what to record of this request, which comes as `Output.taps`, and what to change in it.
         on_text: called with every `Delta`; if it raises, the request ends with the reason "error".
         Raises ValueError for what can never be served, naming the field, and QueueFull.
         """
@@ -181,6 +188,8 @@ class Engine:
         check_lengths(self.llm.model, [ids], [params.max_new_tokens])
         stop_ids = self.llm.stops(params)
         self._check(params, stop_ids)
+        if taps is not None:
+            self._check_taps(taps, len(ids) + params.max_new_tokens - 1)
         grammar = None
         if params.structured is not None:
             if self.llm.tokenizer is None:
@@ -202,7 +211,8 @@ class Engine:
                 None if deadline_s is None else now + deadline_s,
                 adapter,
                 params=params,
-                reuse_prefix=params.prompt_logprobs is None,
+                # What is recorded has to be computed; what is patched is of no use to others.
+                reuse_prefix=params.prompt_logprobs is None and taps is None,
             )
             if name in self._live:
                 raise ValueError(f"id={name!r} is in use; give every request its own")
@@ -219,6 +229,8 @@ class Engine:
                 pack_mask(params, self.llm.model.config.vocab_size) if params.masked else None,
                 [grammar.start() for _ in replies if grammar],
                 [PromptLookup(self._drafts) for _ in replies if self._drafts],
+                taps,
+                [Recorder(taps, self.llm.model.config) for _ in replies if taps and taps.record],
             )
         return name
 
@@ -279,11 +291,12 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | Sequence[str | None] | None = None,
+        taps: Taps | Sequence[Taps | None] | None = None,
         on_text: Callable[[Delta], None] | None = None,
     ) -> list[Output]:
         """Continuations of all prompts, in order; n for each. See `LLM.generate`.
 
-        adapter: of all of them, or of each; see `add`.
+        adapter, taps: of all of them, or of each; see `add`.
         """
         if isinstance(prompts, str):
             raise ValueError("prompts is a single string: expected a list of prompts")
@@ -293,17 +306,20 @@ class Engine:
         adapters = [adapter] * len(prompts) if isinstance(adapter, str | None) else list(adapter)
         if len(adapters) != len(prompts):
             raise ValueError(f"adapter has {len(adapters)} entries for {len(prompts)} prompts")
+        asked = [taps] * len(prompts) if isinstance(taps, Taps | None) else list(taps)
+        if len(asked) != len(prompts):
+            raise ValueError(f"taps has {len(asked)} entries for {len(prompts)} prompts")
         each = [self.llm.default_sampling() if params is None else params for params in each]
         outputs: dict[str, list[Output]] = {}
-        work = collections.deque(zip(prompts, each, adapters, strict=True))
+        work = collections.deque(zip(prompts, each, adapters, asked, strict=True))
         try:
             while work or any(name in self._live for name in outputs):
                 try:
                     while work:
-                        prompt, params, its = work[0]
+                        prompt, params, its, seen = work[0]
                         if on_text is None:
                             params = params.candidates()
-                        name = self.add(prompt, params, adapter=its, on_text=on_text)
+                        name = self.add(prompt, params, adapter=its, taps=seen, on_text=on_text)
                         outputs[name] = [reply.output for reply in self._live[name].replies]
                         work.popleft()
                 except QueueFull:
@@ -389,14 +405,26 @@ class Engine:
             if plan is not None:
                 tiers = self._pack(plan, d, parts, of)
                 tier = max([tier, *tiers], key=TIERS.index)
-        forward = self.programs.forward(shape)
-        results = forward(self.adapters.params, self._cache, self._slots.last, packed)
+        taps = step_taps(self.llm.model.config, rows, parts["starts"], self._taps)
+        forward, given = self._forward(shape, taps)
+        results = forward(self.adapters.params, self._cache, self._slots.last, packed, *given)
         logits, self._cache, *scores = results
+        if taps is not None:
+            taps.results = scores.pop()
         chosen = self._choose(rows, tier, logits, of)
-        for array in (chosen, *scores):
+        for array in (chosen, *scores, *(taps.results.values() if taps else ())):
             array.copy_to_host_async()
-        self._flights.append(_Flight(plans, parts["starts"], chosen, scores[0] if scores else None))
+        self._flights.append(_Flight(plans, parts["starts"], chosen, scores[0] if scores else None, taps))
         return True
+
+    def _taps(self, row: Row) -> Taps | None:
+        return self._live[row.sequence.request.id].taps
+
+    def _forward(self, shape: StepShape, taps: StepTaps | None) -> tuple[Callable, tuple]:
+        """(the forward of a step, what it takes more), compiled now if it has taps that are new."""
+        if taps is None:
+            return self.programs.forward(shape), ()
+        return make_paged_forward(self.llm.model, shape, record=taps.record), (taps.given,)
 
     def _choose(
         self, rows: list[list[Row]], tier: SamplingFeatures, logits, of: np.ndarray
@@ -581,6 +609,8 @@ class Engine:
                 if row.samples:
                     tokens[i], texts[row.sequence], ended = self._reply(row, [x[d, i] for x in found])
                     stopped |= {i} if ended else set()
+                if flight.taps is not None:
+                    self._record(flight.taps, d, i, row, len(tokens.get(i, ())))
             start = time.perf_counter()
             events = self.schedulers[d].commit(plan, tokens, stopped)
             self.scheduling_s += time.perf_counter() - start
@@ -602,6 +632,20 @@ class Engine:
         if row.drafted:
             live.lookups[sample].learn(row.drafted, int((found[0] >= 0).sum()) - 1)
         return tokens, text, reply.stopped
+
+    def _record(self, taps: StepTaps, d: int, i: int, row: Row, made: int) -> None:
+        """Note what was recorded of a row that made so many tokens: not of the drafts that did not stay."""
+        live = self._live[row.sequence.request.id]
+        if not live.recorders:
+            return
+        count = row.count - (1 + row.drafted - made if row.samples else 0)
+        recorder = live.recorders[row.sequence.sample]
+        found = taps.of_row(d, i, count, recorder.layers)
+        recorder.add(row.start, count, found)
+        in_prompt = min(count, len(row.sequence.request.prompt) - row.start)
+        if row.sequence.sample == 0 and in_prompt > 0:  # the others begin after it
+            for other in live.recorders[1:]:
+                other.add(row.start, in_prompt, found)
 
     def _score(self, row: Row, scores: list[np.ndarray]) -> None:
         """Note the log probabilities of the prompt's tokens after each of a row's."""
@@ -626,6 +670,7 @@ class Engine:
         if event.reason is not None:
             text += "" if event.reason in (Reason.STOP, Reason.LENGTH) else reply.end()
             reply.output.finish_reason = str(event.reason)
+            reply.output.taps = live.recorders[sample].whole() if live.recorders else None
             live.left -= 1
         reason = None if event.reason is None else str(event.reason)
         delta = Delta(name, sample, text, tuple(event.tokens), reason, reply.output)
@@ -676,6 +721,15 @@ class Engine:
             default_seed=0,
             stream=0,
         )
+
+    def _check_taps(self, taps: Taps, tokens: int) -> None:
+        """Refuse by name what cannot be recorded or patched in a text of so many inputs."""
+        if self.config.strict_numerics:
+            raise ValueError(
+                "taps with strict_numerics=True: a step with taps is another program, which may round "
+                "otherwise for all its requests; take an engine without strict_numerics"
+            )
+        taps.check(self.llm.model.config, tokens)
 
     def _pages_that_fit(self, windows: tuple[int, ...]) -> tuple[int, ...]:
         """Pages of each pool: what all rows can use, twice with a prefix cache, or less where memory is

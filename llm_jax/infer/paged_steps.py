@@ -37,6 +37,7 @@ from llm_jax.ops.sampling import (
     write_history,
 )
 from llm_jax.ops.speculation import speculative_accept
+from llm_jax.ops.tap_context import Record, TapContext, TapInputs
 from llm_jax.sharding import batch_sharding, data_shards, shard
 
 
@@ -87,18 +88,21 @@ class StepShape:
 
 
 @functools.lru_cache(maxsize=256)
-def make_paged_forward(model: Model, shape: StepShape, strict: bool = False) -> Callable:
+def make_paged_forward(
+    model: Model, shape: StepShape, strict: bool = False, record: Record | None = None
+) -> Callable:
     """f(params, cache, last [D, slots] int32, packed [D, X] int32) -> (logits [D, S, V], cache), and of
     a `scored` shape what `token_logprobs` says of the targets, as [D, T, C] like `make_paged_sample`.
 
     cache: a `PagedCache`, donated. last: the newest token of each slot, which the host may not know yet.
     strict: one token after the other, each by the same code, so that no bit of a result depends on what
     else is in the step or on how a text was cut into steps. Of a shape with `adapters` params hold an
-    `AdapterBank`.
+    `AdapterBank`. record: then f takes `TapInputs` too, and gives what was recorded as its last result;
+    not with `strict`.
     """
 
     @functools.partial(jax.jit, donate_argnames="cache")
-    def forward(params, cache, last, packed):
+    def forward(params, cache, last, packed, given=None):
         net, parts = model.bind(params), shape.parts(packed)
         tokens = parts["tokens"]
         known = jnp.take_along_axis(last, jnp.maximum(-1 - tokens, 0), axis=1)
@@ -106,17 +110,19 @@ def make_paged_forward(model: Model, shape: StepShape, strict: bool = False) -> 
         tables = tuple(parts[f"table{i}"] for i in range(shape.pools))
         rows = StepRows(tables, *(parts[name] for name in _OF_ROWS))
         run = _one_by_one if strict else _together
+        if record is not None:
+            run = functools.partial(_tapped, model.config, record, given)
         adapters = _of_tokens(parts["adapters"], rows, tokens.shape[1]) if shape.adapters else None
         bind = functools.partial(_bind, model, params, strict)
-        hidden, cache = run(bind, cache, tokens, rows, adapters)
+        hidden, cache, *recorded = run(bind, cache, tokens, rows, adapters)
         chosen = jnp.take_along_axis(hidden, parts["at"][..., None], axis=1)
         unembed = functools.partial(_unembed, net, strict)
         results = unembed(chosen), cache.constrained()
         if not shape.scored:
-            return results
+            return *results, *recorded
         targets = parts["targets"]
         scores = score_tokens(unembed, hidden, targets, MAX_LOGPROBS)
-        return *results, _chosen_bits(targets, *scores)
+        return *results, _chosen_bits(targets, *scores), *recorded
 
     return forward
 
@@ -140,6 +146,15 @@ def _together(bind: Callable, cache: PagedCache, tokens: jax.Array, rows: StepRo
     positions = _places(rows, tokens.shape[1])[1]
     hidden, context = bind(adapters)(tokens, jnp.maximum(positions, 0), cache.context(rows))
     return hidden, context.cache
+
+
+def _tapped(config, record: Record, given: TapInputs, bind, cache, tokens, rows, adapters):
+    """What `_together` gives, and what was recorded."""
+    positions = _places(rows, tokens.shape[1])[1]
+    keys = rows.tables[0].shape[-1] * cache.page_size
+    context = TapContext.begin(cache.context(rows), config, record, given, keys)
+    hidden, context = bind(adapters)(tokens, jnp.maximum(positions, 0), context)
+    return hidden, context.inner.cache, context.results()
 
 
 def _one_by_one(bind: Callable, cache: PagedCache, tokens: jax.Array, rows: StepRows, adapters):
