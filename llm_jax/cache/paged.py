@@ -281,9 +281,7 @@ def _attend(options, pool, slot, window, q, k, v, table, starts, counts, lengths
     return out[None], pool
 
 
-def _maps(
-    options, count, pool, slot, window, q, keep, table, starts, counts, lengths, decodes, rows
-):
+def _maps(options, count, pool, slot, window, q, keep, table, starts, counts, lengths, decodes, rows):
     """One shard's: attention weights [1, C, N, S] of q [1, C, N, H], the tokens `keep` of `count`."""
     here = Rows(table[0], starts[0], counts[0], lengths[0], decodes[0], rows[0])
     row, position = token_rows(here, count)

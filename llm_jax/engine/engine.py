@@ -36,7 +36,7 @@ from llm_jax.engine.request import Reason, Request
 from llm_jax.engine.request import Sequence as Running
 from llm_jax.engine.scheduler import QueueFull, Scheduler
 from llm_jax.engine.structured import Grammar, GrammarState
-from llm_jax.engine.taps import Recorder, StepTaps, step_taps
+from llm_jax.engine.taps import Recorder, StepTaps, is_tapped, step_taps
 from llm_jax.engine.trace import TraceWriter
 from llm_jax.infer.generate import check_lengths
 from llm_jax.infer.llm import LLM
@@ -395,7 +395,9 @@ class Engine:
         costs = [sum(self._up(row.count) for row in plan.chunks) if plan else 0 for plan in plans]
         scored = any(self._is_scored(row) for of_shard in rows for row in of_shard)
         most = (max(map(len, rows)), max(*costs, int(scored)))
-        shape = self.programs.buckets.shape(*most, scored)
+        tapped = any(is_tapped(row, self._taps(row)) for of_shard in rows for row in of_shard)
+        buckets = self.programs.buckets
+        shape = buckets.largest(most[1] > 0, scored) if tapped else buckets.shape(*most, scored)
         packed, parts = shape.empty(self._shards)
         places = shape.samples // shape.rows
         of = np.zeros((self._shards, shape.rows, 2 + places), np.int32)
@@ -405,7 +407,7 @@ class Engine:
             if plan is not None:
                 tiers = self._pack(plan, d, parts, of)
                 tier = max([tier, *tiers], key=TIERS.index)
-        taps = step_taps(self.llm.model.config, rows, parts["starts"], self._taps)
+        taps = step_taps(self.llm.model.config, rows, parts["starts"], shape.tokens, self._taps)
         forward, given = self._forward(shape, taps)
         results = forward(self.adapters.params, self._cache, self._slots.last, packed, *given)
         logits, self._cache, *scores = results
@@ -414,7 +416,9 @@ class Engine:
         chosen = self._choose(rows, tier, logits, of)
         for array in (chosen, *scores, *(taps.results.values() if taps else ())):
             array.copy_to_host_async()
-        self._flights.append(_Flight(plans, parts["starts"], chosen, scores[0] if scores else None, taps))
+        self._flights.append(
+            _Flight(plans, parts["starts"], chosen, scores[0] if scores else None, taps)
+        )
         return True
 
     def _taps(self, row: Row) -> Taps | None:
@@ -634,7 +638,7 @@ class Engine:
         return tokens, text, reply.stopped
 
     def _record(self, taps: StepTaps, d: int, i: int, row: Row, made: int) -> None:
-        """Note what was recorded of a row that made so many tokens: not of the drafts that did not stay."""
+        """Note what was recorded of a row that made so many tokens, but for drafts that did not stay."""
         live = self._live[row.sequence.request.id]
         if not live.recorders:
             return

@@ -1,19 +1,24 @@
 """What a step records and patches for the requests that want it, and how records of steps become whole.
 
 A step with such rows is run by a program of its own, compiled where it is first needed: for the points
-and layers that its requests record together, and so many tokens. Other steps have the plain programs.
+and layers that its requests record together, and the points that they patch. That there are few, it has
+the largest shape with or without chunks, and records `FEW` tokens or all. Other steps have the plain
+programs.
 """
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
 from llm_jax.config import ModelConfig
 from llm_jax.engine.plan import Row
-from llm_jax.ops.tap_context import Record, TapInputs, pack_patches
+from llm_jax.ops.tap_context import Record, Span, TapInputs, pack_patches
 from llm_jax.ops.taps import MAPS, ONCE, Taps
+
+FEW = 4  # tokens of a step, for which less is held and brought to the host
 
 
 @dataclasses.dataclass
@@ -26,7 +31,7 @@ class StepTaps:
     results: dict[str, jax.Array] = dataclasses.field(default_factory=dict)  # [layers, D, C, ...]
 
     def of_row(self, d: int, i: int, count: int, layers: dict[str, tuple[int, ...]]) -> dict:
-        """What was recorded of a row's first `count` tokens at these layers, [layers, count, ...] each."""
+        """What was recorded of a row's first `count` tokens at these layers, [layers, count, ...]."""
         at, had, found = self.places[d, i], dict(self.record), {}
         for point, wanted in layers.items():
             which = [had[point].index(layer) for layer in wanted]
@@ -34,34 +39,54 @@ class StepTaps:
         return found
 
 
+def is_tapped(row: Row, taps: Taps | None) -> bool:
+    """Whether a row is recorded or patched in its step."""
+    return taps is not None and bool(taps.record or any(taps.spans(row.start, row.count, 0)))
+
+
 def step_taps(
-    config: ModelConfig, rows: list[list[Row]], starts: np.ndarray, taps: Callable[[Row], Taps | None]
+    config: ModelConfig,
+    rows: list[list[Row]],
+    starts: np.ndarray,
+    tokens: int,
+    taps: Callable[[Row], Taps | None],
 ) -> StepTaps | None:
-    """The taps of a step's rows, by shard, whose tokens begin at `starts` [D, R]; None without any."""
+    """The taps of a step's rows, by shard, whose tokens begin at `starts` [D, R]; None without any.
+
+    tokens: T, places of the step for tokens. taps: of a row.
+    """
     places: dict[tuple[int, int], int] = {}
     wanted: dict[str, set[int]] = {}
+    points: set[str] = set()
     keep: list[list[int]] = [[] for _ in rows]
-    spans = []
-    for d, of_shard in enumerate(rows):
-        for i, row in enumerate(of_shard):
-            asked, at = taps(row), int(starts[d, i])
-            if asked is None:
-                continue
-            spans += [(d, *span) for span in asked.spans(row.start, row.count, at)]
-            if asked.record:
-                places[d, i] = len(keep[d])
-                keep[d] += range(at, at + row.count)
-                for point, layers in asked.recorded(config).items():
-                    wanted.setdefault(point, set()).update(layers)
-    if not (places or spans):
+    spans: list[Span] = []
+    for d, i, row in ((d, i, row) for d, of_shard in enumerate(rows) for i, row in enumerate(of_shard)):
+        asked, at = taps(row), int(starts[d, i])
+        if asked is None or not is_tapped(row, asked):
+            continue
+        spans += [(d, *span) for span in asked.spans(row.start, row.count, at)]
+        points |= {patch.point for patch in asked.patches}
+        if asked.record:
+            places[d, i] = len(keep[d])
+            keep[d] += range(at, at + row.count)
+        for point, layers in asked.recorded(config).items():
+            wanted.setdefault(point, set()).update(layers)
+    if not (wanted or points):
         return None
-    most = max(map(len, keep))
-    kept = np.zeros((len(rows), 4 ** ((most - 1).bit_length() + 1 >> 1) if most else 0), np.int32)
-    for d, tokens in enumerate(keep):
-        kept[d, : len(tokens)] = tokens
     record = tuple((point, tuple(sorted(wanted[point]))) for point in sorted(wanted))
-    given = TapInputs(kept, pack_patches(config, spans, len(rows)))  # type: ignore[arg-type]
+    given = TapInputs(_padded(keep, tokens), pack_patches(config, points, spans, len(rows)))
     return StepTaps(record, given, places)
+
+
+def _padded(keep: list[list[int]], tokens: int) -> Any:
+    """[D, C] int32 of each shard's tokens; C is 0, FEW or all."""
+    most = max(map(len, keep))
+    kept = np.zeros(
+        (len(keep), min(FEW, tokens) if 0 < most <= FEW else tokens if most else 0), np.int32
+    )
+    for d, its in enumerate(keep):
+        kept[d, : len(its)] = its
+    return kept
 
 
 class Recorder:

@@ -1,6 +1,6 @@
 """Looking into a model and changing what it computes, without an engine: one forward of whole texts.
 
-    logits, found = run_with_taps(llm.model, llm.params, tokens, Taps(record=("resid", "attn_probs")))
+logits, found = run_with_taps(llm.model, llm.params, tokens, Taps(record=("resid", "attn_probs")))
 """
 
 import functools
@@ -22,8 +22,8 @@ def run_with_taps(
 ) -> tuple[jax.Array, dict[str, np.ndarray]]:
     """Logits [B, T, V] float32 of texts [B, T] of one length, and what was recorded of them, by point.
 
-    That is [layers, B, T, ...] with the point's shape, without layers of "embed" and "final", and of maps
-    [layers, B, N, T, T]. Patches are of every text. To be called with a mesh set, if there is one.
+    That is [layers, B, T, ...] with the point's shape, without layers of "embed" and "final", and of
+    maps [layers, B, N, T, T]. Patches are of every text. Call it with a mesh set, if there is one.
     Raises ValueError as `Taps.check` does, and for a model without vocabulary logits.
     """
     tokens = np.asarray(tokens, np.int32)
@@ -32,8 +32,9 @@ def run_with_taps(
     batch, count = tokens.shape
     taps.check(model.config, count)
     spans = [(row, *span) for row in range(batch) for span in taps.spans(0, count, 0)]
-    keep = np.tile(np.arange(count, dtype=np.int32), (batch, 1))
-    given = TapInputs(keep, pack_patches(model.config, spans, batch))  # type: ignore[arg-type]
+    keep: Any = np.tile(np.arange(count, dtype=np.int32), (batch, 1))
+    points = {patch.point for patch in taps.patches}
+    given = TapInputs(keep, pack_patches(model.config, points, spans, batch))
     record = tuple(sorted(taps.recorded(model.config).items()))
     logits, found = _make_run(model, record)(params, tokens, given)
     found = {point: np.asarray(x) for point, x in found.items()}

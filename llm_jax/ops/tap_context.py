@@ -8,7 +8,7 @@ pass through `attend` anyway, and need no call of their own.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -51,17 +51,20 @@ class TapInputs:
 Span = tuple[int, Patch, int, int]  # batch row, patch, first and end among the T tokens
 
 
-def pack_patches(config: ModelConfig, spans: Sequence[Span], batch: int) -> dict[str, PatchRows]:
-    """Spans as arrays, on the host. Their number P is a power of two, so that shapes are few."""
+def pack_patches(
+    config: ModelConfig, points: Collection[str], spans: Sequence[Span], batch: int
+) -> dict[str, PatchRows]:
+    """Spans at these points as arrays, on the host."""
     return {
         point: _pack([span for span in spans if span[1].point == point], config, point, batch)
-        for point in sorted({patch.point for _, patch, _, _ in spans})
+        for point in sorted(points)
     }
 
 
-def _pack(spans: Iterable[Span], config: ModelConfig, point: str, batch: int) -> PatchRows:
+def _pack(spans: Sequence[Span], config: ModelConfig, point: str, batch: int) -> Any:
+    """P is a power of two, so that there are few shapes."""
     of_row = [[span for span in spans if span[0] == row] for row in range(batch)]
-    most = 1 << (max(map(len, of_row)) - 1).bit_length()
+    most = 1 << (max(4, *map(len, of_row)) - 1).bit_length()
     values = np.zeros((batch, most, *point_shape(config, point)), np.float32)
     layers, first, end = np.zeros((3, batch, most), np.int32)
     add = np.zeros((batch, most), bool)
@@ -69,7 +72,8 @@ def _pack(spans: Iterable[Span], config: ModelConfig, point: str, batch: int) ->
         for i, (_, patch, start, stop) in enumerate(its):
             values[row, i], layers[row, i], add[row, i] = patch.value, patch.layer, patch.mode == "add"
             first[row, i], end[row, i] = start, stop
-    return PatchRows(values, layers, first, end, add)  # type: ignore[arg-type]
+    arrays: Any = (values, layers, first, end, add)
+    return PatchRows(*arrays)
 
 
 @jax.tree_util.register_dataclass

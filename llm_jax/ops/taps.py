@@ -104,14 +104,15 @@ class Taps:
                 )
 
     def check(self, config: ModelConfig, tokens: int) -> None:
-        """ValueError where a model has no such layer or shape, or a text of so many tokens no such one."""
+        """ValueError where the model has no such layer or shape, or so many tokens no such position."""
+        last = config.num_layers - 1
         for name, layers in (
             ("Taps.layers", self.layers or ()),
             ("Patch.layer", [p.layer for p in self.patches]),
         ):
             for layer in layers:
-                if layer >= config.num_layers:
-                    raise ValueError(f"{name}={layer}: this model has layers 0 to {config.num_layers - 1}")
+                if layer > last:
+                    raise ValueError(f"{name}={layer}: expected a layer from 0 to {last}")
         for patch in self.patches:
             shape = point_shape(config, patch.point)
             if patch.value.shape != shape:
@@ -125,7 +126,7 @@ class Taps:
                 )
 
     def spans(self, start: int, count: int, at: int) -> Iterator[tuple[Patch, int, int]]:
-        """(patch, first, end) of those within `count` tokens from position `start`, which stand at `at`."""
+        """(patch, first, end) for `count` tokens from position `start`, which stand at `at` and on."""
         for patch in self.patches:
             if patch.position is None:
                 yield patch, at, at + count
