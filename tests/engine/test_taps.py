@@ -11,6 +11,7 @@ import torch
 
 import llm_jax
 from llm_jax import LLM, SamplingParams
+from llm_jax.cache.paged import pool_windows
 from llm_jax.checkpoint.hf import load_config, load_hf
 from llm_jax.config import EngineConfig
 from llm_jax.engine.engine import Engine
@@ -120,7 +121,7 @@ def whole(llm, output, taps):
 def test_records_are_those_of_transformers(models, name):
     """Of a prompt in chunks and of what it generates, with maps of layers with and without windows."""
     theirs, llm = models(name)
-    serving = engine(llm)
+    serving = engine(llm, pages=(11,) * len(pool_windows(llm.model.config)))
     serving.add(OTHERS[1] * 2, ASKED, taps=EVERYTHING)  # leaves the other prompt less than a step
     serving.add(PROMPT, ASKED, taps=EVERYTHING, id="tapped")
     chunks, ended = 0, {}
@@ -268,7 +269,7 @@ def test_records_are_whole_however_they_came(models, changes):
 @SLOW
 @pytest.mark.parametrize("mesh", ["data:2", "data:2,tensor:2"])
 def test_meshes(models, mesh):
-    theirs, one = models("mistral window")
+    one = models("llama")[1]
     mesh = make_mesh(mesh)
     params = jax.device_put(jax.device_get(one.params), one.model.shardings(mesh))
     serving = engine(LLM.from_params(one.model, params, None, mesh=mesh))
