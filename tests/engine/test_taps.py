@@ -68,10 +68,10 @@ def parts(theirs, layer):
 
 def reference(theirs, tokens):
     """What transformers has at our points, for one text; keys and values from its cache."""
-    found = {"heads": [], "attn_out": [], "mlp_out": []}
+    hooked: dict[str, list[np.ndarray]] = {"heads": [], "attn_out": [], "mlp_out": []}
 
     def keep(name, pick):
-        return lambda module, given, *out: found[name].append(pick(given, *out)[0].numpy())
+        return lambda module, given, *out: hooked[name].append(pick(given, *out)[0].numpy())
 
     with contextlib.ExitStack() as stack, torch.no_grad():
         for layer in range(theirs.config.num_hidden_layers):
@@ -86,7 +86,7 @@ def reference(theirs, tokens):
         asked = {"output_hidden_states": True, "output_attentions": True}
         out = theirs(torch.tensor([tokens]), **asked)
     hidden = [x[0].numpy() for x in out.hidden_states]
-    found = {name: np.stack(values) for name, values in found.items()}
+    found = {name: np.stack(values) for name, values in hooked.items()}
     found |= {"embed": hidden[0], "resid": np.stack(hidden[1:-1]), "final": hidden[-1]}
     found["attn_probs"] = np.stack([x[0].numpy() for x in out.attentions])
     for name in ("keys", "values"):
@@ -127,7 +127,8 @@ def test_records_are_those_of_transformers(models, name):
     chunks, ended = 0, {}
     while not serving.idle:
         ended |= {delta.id: delta.output for delta in serving.step()}
-        chunks += bool(serving._flights and serving._flights[-1].plans[0].chunks)
+        plans = [plan for flight in serving._flights for plan in flight.plans]
+        chunks += any(plan is not None and bool(plan.chunks) for plan in plans)
     output = ended["tapped"]
     assert chunks > 1
     tokens, found = PROMPT + output.token_ids[:-1], output.taps
@@ -153,6 +154,7 @@ def test_maps_are_the_softmax_of_queries_and_keys(models):
     )
     taps = Taps(record=("q", "k", "v", "attn_probs", "heads"), layers=(1,), patches=patches)
     (output,) = engine(models("llama")[1]).generate([PROMPT], ASKED, taps=taps)
+    assert output.taps is not None
     q, k, v, maps, heads = (output.taps[point][0] for point in taps.record)
     close(k[3], patches[0].value)
     k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, v))
@@ -212,6 +214,7 @@ def test_patches_are_what_hooks_of_torch_do(models, mode, at):
     logits, found = whole(llm, output, taps)
     expected = hooked(theirs, patches, PROMPT + output.token_ids[:-1])
     close(logits, expected, 5e-5)
+    assert output.taps is not None
     close(output.taps["final"], found["final"], 5e-5)
     assert output.token_ids == expected[len(PROMPT) - 1 :].argmax(-1).tolist()
 
