@@ -38,11 +38,18 @@ from llm_jax.engine.request import Reason, Request
 from llm_jax.engine.request import Sequence as Running
 from llm_jax.engine.scheduler import QueueFull, Scheduler
 from llm_jax.engine.structured import Grammar, GrammarState
+from llm_jax.engine.taps import Recorder, StepTaps, is_tapped, step_taps
 from llm_jax.engine.trace import TraceWriter
 from llm_jax.infer.beam_options import BeamOptions
 from llm_jax.infer.generate import check_lengths
 from llm_jax.infer.llm import LLM
-from llm_jax.infer.paged_steps import StepShape, init_slots, read_candidates, read_chosen
+from llm_jax.infer.paged_steps import (
+    StepShape,
+    init_slots,
+    make_paged_forward,
+    read_candidates,
+    read_chosen,
+)
 from llm_jax.infer.replies import Output, Reply, best_of
 from llm_jax.kernels.choice import kernel_refusal
 from llm_jax.models import Params
@@ -59,6 +66,7 @@ from llm_jax.ops.sampling import (
     tier_of,
 )
 from llm_jax.ops.sampling_params import SamplingParams
+from llm_jax.ops.taps import Taps
 from llm_jax.sharding import data_shards
 
 logger = logging.getLogger(__name__)
@@ -94,6 +102,8 @@ class _Live:
     grammars: list[GrammarState]  # of each continuation, if they are to have a form
     drafts: list[PromptLookup | DraftLength]  # likewise, if drafts are made
     search: Search | None  # its sequences are beams then, and its continuations what that finds
+    taps: Taps | None
+    recorders: list[Recorder]  # of each continuation, if something is recorded
 
 
 @dataclasses.dataclass
@@ -105,6 +115,7 @@ class _Flight:
     chosen: jax.Array  # [D, R, P, C]
     candidates: jax.Array | None  # [D, R, 3, C], of rows that are beams
     scores: jax.Array | None  # [D, T, C]
+    taps: StepTaps | None
 
 
 class Engine:
@@ -200,6 +211,7 @@ class Engine:
         deadline_s: float | None = None,
         adapter: str | None = None,
         beams: BeamOptions | None = None,
+        taps: Taps | None = None,
         on_text: Callable[[Delta], None] | None = None,
     ) -> str:
         """Queue a request; returns its id.
@@ -207,6 +219,7 @@ class Engine:
         prompt: as `LLM.generate` takes them. priority: higher is sooner. deadline_s: seconds from now.
         adapter: the name of one that `load_adapter` was given; None is the model as it is.
         beams: search, with so many rows; all deltas come at its end, one for each of num_return.
+        taps: what to record of this request, which comes as `Output.taps`, and what to change in it.
         on_text: called with every `Delta`; if it raises, the request ends with the reason "error".
         Raises ValueError for what can never be served, naming the field, and QueueFull.
         """
@@ -221,6 +234,10 @@ class Engine:
             asked, rows = dataclasses.replace(params, n=beams.num_return, logprobs=None), beams.num_beams
             search = Search(BeamRules(beams, params.max_new_tokens, stop_ids))
         self._check(params, stop_ids)
+        if taps is not None and beams is not None:
+            raise ValueError("taps with beams: what beams compute is shared and given up; ask for one")
+        if taps is not None:
+            self._check_taps(taps, len(ids) + params.max_new_tokens - 1)
         grammar = None
         if params.structured is not None:
             if self.llm.tokenizer is None:
@@ -242,7 +259,8 @@ class Engine:
                 None if deadline_s is None else now + deadline_s,
                 adapter,
                 params=params,
-                reuse_prefix=params.prompt_logprobs is None,
+                # What is recorded has to be computed; what is patched is of no use to others.
+                reuse_prefix=params.prompt_logprobs is None and taps is None,
                 search=beams is not None,
             )
             if name in self._live:
@@ -261,6 +279,8 @@ class Engine:
                 [grammar.start() for _ in replies if grammar],
                 [self._draft_of(params) for _ in replies if self._drafts],
                 search,
+                taps,
+                [Recorder(taps, self.llm.model.config) for _ in replies if taps and taps.record],
             )
         return name
 
@@ -326,15 +346,16 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | Sequence[str | None] | None = None,
+        taps: Taps | Sequence[Taps | None] | None = None,
         on_text: Callable[[Delta], None] | None = None,
     ) -> list[Output]:
         """Continuations of all prompts, in order; n for each. See `LLM.generate`.
 
-        adapter: of all of them, or of each; see `add`.
+        adapter, taps: of all of them, or of each; see `add`.
         """
         each = self._one_each(prompts, sampling, self._default_params())
         asked = each if on_text is not None else [params.candidates() for params in each]
-        drawn = zip(self._serve(prompts, asked, adapter, on_text=on_text), each, strict=True)
+        drawn = zip(self._serve(prompts, asked, adapter, taps, on_text=on_text), each, strict=True)
         return [output for found, params in drawn for output in best_of(found, params)]
 
     def beam_search(
@@ -385,20 +406,24 @@ class Engine:
         prompts: Sequence[Any],
         each: list[SamplingParams],
         adapter: str | Sequence[str | None] | None,
+        taps: Taps | Sequence[Taps | None] | None = None,
         **options: Any,
     ) -> list[list[Output]]:
         """Add all prompts, as fast as the queue takes them, and run steps until they have ended."""
         adapters = [adapter] * len(prompts) if isinstance(adapter, str | None) else list(adapter)
         if len(adapters) != len(prompts):
             raise ValueError(f"adapter has {len(adapters)} entries for {len(prompts)} prompts")
-        work = collections.deque(zip(prompts, each, adapters, strict=True))
+        asked = [taps] * len(prompts) if isinstance(taps, Taps | None) else list(taps)
+        if len(asked) != len(prompts):
+            raise ValueError(f"taps has {len(asked)} entries for {len(prompts)} prompts")
+        work = collections.deque(zip(prompts, each, adapters, asked, strict=True))
         outputs: dict[str, list[Output]] = {}
         try:
             while work or any(name in self._live for name in outputs):
                 try:
                     while work:
-                        prompt, params, its = work[0]
-                        name = self.add(prompt, params, adapter=its, **options)
+                        prompt, params, its, seen = work[0]
+                        name = self.add(prompt, params, adapter=its, taps=seen, **options)
                         outputs[name] = [reply.output for reply in self._live[name].replies]
                         work.popleft()
                 except QueueFull:
@@ -476,7 +501,9 @@ class Engine:
         costs = [sum(self._up(row.count) for row in plan.chunks) if plan else 0 for plan in plans]
         scored = any(self._is_scored(row) for of_shard in rows for row in of_shard)
         most = (max(map(len, rows)), max(*costs, int(scored)))
-        shape = self.programs.buckets.shape(*most, scored)
+        tapped = any(is_tapped(row, self._taps(row)) for of_shard in rows for row in of_shard)
+        buckets = self.programs.buckets
+        shape = buckets.largest(most[1] > 0, scored) if tapped else buckets.shape(*most, scored)
         packed, parts = shape.empty(self._shards)
         places = shape.samples // shape.rows
         of = np.zeros((self._shards, shape.rows, 2 + places), np.int32)
@@ -490,15 +517,18 @@ class Engine:
             given = (plans, self._slots, self._caches[1:], tier, self._pack)
             self._slots, caches = self._drafter.draft(*given)
             self._caches = (self._caches[0], *caches)
-        forward, (cache, *others) = self.programs.forward(shape), self._caches
-        results = forward(self.adapters.params, cache, self._slots.newest, packed)
-        logits, cache, hidden, scores = results
-        self._caches = (cache, *others)
-        candidates = self._candidates(rows, shape, logits)
-        chosen = self._choose(rows, tier, logits, hidden, of)
-        for array in jax.tree.leaves((chosen, scores, candidates)):
+        taps = step_taps(self.llm.model.config, rows, parts["starts"], shape.tokens, self._taps)
+        forward, given = self._forward(shape, taps)
+        cache, *others = self._caches
+        found = forward(self.adapters.params, cache, self._slots.newest, packed, *given)
+        self._caches = (found.cache, *others)
+        if taps is not None:
+            taps.results = found.recorded
+        candidates = self._candidates(rows, shape, found.logits)
+        chosen = self._choose(rows, tier, found.logits, found.hidden, of)
+        for array in jax.tree.leaves((chosen, found.scores, candidates, found.recorded)):
             array.copy_to_host_async()
-        self._flights.append(_Flight(plans, parts["starts"], chosen, candidates, scores))
+        self._flights.append(_Flight(plans, parts["starts"], chosen, candidates, found.scores, taps))
         return True
 
     def _is_new(self, row: Row) -> bool:
@@ -519,6 +549,15 @@ class Engine:
                     of[d, :, i] = row.sequence.slot, len(row.sequence.generated)
                     tier = max(tier or GREEDY, live.tier, key=TIERS.index)
         return None if tier is None else self.programs.candidates(shape, tier)(logits, self._slots, of)
+
+    def _taps(self, row: Row) -> Taps | None:
+        return self._live[row.sequence.request.id].taps
+
+    def _forward(self, shape: StepShape, taps: StepTaps | None) -> tuple[Callable, tuple]:
+        """(the forward of a step, what it takes more), compiled now if it has taps that are new."""
+        if taps is None:
+            return self.programs.forward(shape), ()
+        return make_paged_forward(self.llm.model, shape, record=taps.record), (taps.given,)
 
     def _choose(
         self, rows: list[list[Row]], tier: SamplingFeatures, logits, hidden, of: np.ndarray
@@ -734,6 +773,8 @@ class Engine:
                 elif row.samples:
                     tokens[i], texts[row.sequence], ended = self._reply(row, [x[d, i] for x in found])
                     stopped |= {i} if ended else set()
+                if flight.taps is not None:
+                    self._record(flight.taps, d, i, row, len(tokens.get(i, ())))
             start = time.perf_counter()
             events = self.schedulers[d].commit(plan, tokens, stopped)
             self.scheduling_s += time.perf_counter() - start
@@ -768,6 +809,20 @@ class Engine:
             self.accepted_tokens += accepted
         return tokens, text, reply.stopped
 
+    def _record(self, taps: StepTaps, d: int, i: int, row: Row, made: int) -> None:
+        """Note what was recorded of a row that made so many tokens, but for drafts that did not stay."""
+        live = self._live[row.sequence.request.id]
+        if not live.recorders:
+            return
+        count = row.count - (1 + row.drafted - made if row.samples else 0)
+        recorder = live.recorders[row.sequence.sample]
+        found = taps.of_row(d, i, count, recorder.layers)
+        recorder.add(row.start, count, found)
+        in_prompt = min(count, len(row.sequence.request.prompt) - row.start)
+        if row.sequence.sample == 0 and in_prompt > 0:  # the others begin after it
+            for other in live.recorders[1:]:
+                other.add(row.start, in_prompt, found)
+
     def _score(self, row: Row, scores: list[np.ndarray]) -> None:
         """Note the log probabilities of the prompt's tokens after each of a row's."""
         live, prompt = self._live[row.sequence.request.id], row.sequence.request.prompt
@@ -797,6 +852,7 @@ class Engine:
         if event.reason is not None:
             text += "" if event.reason in (Reason.STOP, Reason.LENGTH) else reply.end()
             reply.output.finish_reason = str(event.reason)
+            reply.output.taps = live.recorders[sample].whole() if live.recorders else None
             live.left -= 1
         reason = None if event.reason is None else str(event.reason)
         delta = Delta(name, sample, text, tuple(event.tokens), reason, reply.output)
@@ -884,6 +940,15 @@ class Engine:
             default_seed=0,
             stream=0,
         )
+
+    def _check_taps(self, taps: Taps, tokens: int) -> None:
+        """Refuse by name what cannot be recorded or patched in a text of so many inputs."""
+        if self.config.strict_numerics:
+            raise ValueError(
+                "taps with strict_numerics=True: a step with taps is another program, which may round "
+                "otherwise for all its requests; take an engine without strict_numerics"
+            )
+        taps.check(self.llm.model.config, tokens)
 
     def _pages_that_fit(self, windows: tuple[int, ...]) -> tuple[int, ...]:
         """Pages of each pool: what all rows can use, twice with a prefix cache, or less where memory is

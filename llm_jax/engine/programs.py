@@ -101,6 +101,10 @@ class Buckets:
         samples, kind = count * (self.drafts + 1), (scored, self.adapters, self.hidden)
         return StepShape(_up(tokens, ALIGNMENT), count, samples, self.pages, self.pools, *kind)
 
+    def largest(self, chunks: bool, scored: bool = False) -> StepShape:
+        """The one with most room, with or without chunks."""
+        return self.shape(self.rows[-1], self.room(self.mixed[-1])[-1] if chunks else 0, scored)
+
     def shapes(self, scored: bool) -> Iterator[StepShape]:
         """All of them."""
         for rows in self.rows:

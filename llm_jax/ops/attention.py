@@ -106,6 +106,23 @@ def dot_product_attention(
     return out.reshape(b, kv, n // kv, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
+def attention_weights(
+    q: jax.Array, k: jax.Array, mask: jax.Array, *, scale: float, softcap: float | None
+) -> jax.Array:
+    """The softmax of `dot_product_attention`, [B, T, N, S] float32: for looking at, not for speed.
+
+    q [B, T, N, H], k [B, K, S, H], mask bool [B, T, S]. A query that sees no key has zeros.
+    """
+    b, t, n, h = q.shape
+    grouped = (q * scale).reshape(b, t, k.shape[1], -1, h)
+    scores = jnp.einsum("btkgh,bksh->btkgs", grouped, k, preferred_element_type=jnp.float32)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    seen = mask[:, :, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores.reshape(b, t, n, -1), MASKED), axis=-1)
+    return jnp.where(seen, weights, 0.0)
+
+
 def causal_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, scale: float, softcap: float | None
 ) -> jax.Array:
@@ -189,11 +206,22 @@ class FullContext:
     def attend(self, layer, q, k, v, *, positions, window, options):
         if kernel_serves(q, k, options.implementation):
             return self._by_kernel(q, k, v, positions, window, options), self
-        mask = attention_mask(positions, positions, window=window, causal=options.causal)
-        mask &= self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
+        mask = self._mask(positions, window, options)
         k, v = (shard(x.transpose(0, 2, 1, 3), "batch", "kv_heads", "seq", None) for x in (k, v))
         attention = causal_attention if options.causal else dot_product_attention
         return attention(q, k, v, mask, scale=options.scale, softcap=options.softcap), self
+
+    def attention_maps(self, layer, q, k, keep, *, positions, window, options):
+        """See `TapContext`: keys are the batch's."""
+        mask = self._mask(positions, window, options)
+        q, mask = (jax.vmap(lambda row, at: row[at])(x, keep) for x in (q, mask))
+        k = k.transpose(0, 2, 1, 3)
+        return attention_weights(q, k, mask, scale=options.scale, softcap=options.softcap)
+
+    def _mask(self, positions, window, options) -> jax.Array:
+        """Which keys each token sees, bool [B, T, T]."""
+        mask = attention_mask(positions, positions, window=window, causal=options.causal)
+        return mask & (self.segment_ids[:, :, None] == self.segment_ids[:, None, :])
 
     def _by_kernel(self, q, k, v, positions, window, options):
         """The same by a kernel, each device its own rows and heads."""

@@ -109,7 +109,7 @@ def _attend(q, table, first, end, *, pages: Pages, layer, scale, window, softcap
 
     def add_page(i, sums):
         largest, total, out = sums
-        k, v = _page(pages, layer, table[i], kv_heads)
+        k, v = read_page(pages, layer, table[i], kv_heads)
         scores = jnp.einsum("kxh,zkh->kxz", grouped, k, precision=exact)
         if softcap:
             scores = softcap * jnp.tanh(scores / softcap)
@@ -133,7 +133,7 @@ def _attend(q, table, first, end, *, pages: Pages, layer, scale, window, softcap
     return out.transpose(1, 0, 2, 3).reshape(q.shape).astype(q.dtype)
 
 
-def _page(pages: Pages, layer, page, kv_heads: int):
+def read_page(pages: Pages, layer, page, kv_heads: int):
     """Keys and values of one page, [Z, K, H] float32 each."""
     shape = pages.tokens.shape[2:]
     found = jax.lax.dynamic_slice(pages.tokens, (layer, page, 0, 0, 0), (1, 1, *shape))
