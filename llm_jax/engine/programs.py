@@ -162,6 +162,13 @@ class Programs:
         """Tokens that `write_history` takes."""
         return self.buckets.pages * self._page_size
 
+    def trace(self, shape: StepShape) -> None:
+        """Trace the forward alone: after it `kernels.forms.chosen` knows what operators it has."""
+        params, cache, slots = self._like
+        forward = make_paged_forward(self._model, shape, self._config.strict_numerics)
+        with jax.set_mesh(self.mesh):
+            jax.eval_shape(forward, params, cache, slots.last, self._packed(shape))
+
     def compile_all(self) -> None:
         """Compile everything, on all cores."""
         start = time.perf_counter()
