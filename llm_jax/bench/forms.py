@@ -1,8 +1,8 @@
 """The forms of operators (`kernels.forms`) timed on the present device, and the table of the fastest.
 
 The shapes are those of a model's own steps: they are traced, nothing is compiled but the operators.
-Machines are seldom quiet, so forms take turns: one is chosen if it takes 5% less than the rule's in
-three of four rounds.
+Machines are seldom quiet, so forms take turns and the lower quartile of their times counts, which other
+work disturbs least; one is chosen that takes 5% less than the rule's in both halves of the rounds.
 """
 
 import functools
@@ -10,7 +10,6 @@ import itertools
 import json
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -52,7 +51,7 @@ from llm_jax.ops.attention import (
 from llm_jax.ops.linear import LinearProblem, by_form
 from llm_jax.tree import is_per_layer
 
-WORTH, ROUNDS = 0.95, 0.75  # of the rule's time at most, in this share of the rounds at least
+WORTH = 0.95  # of the rule's time: a form that takes more is not chosen
 COLD_BYTES = 64 << 20  # of weights that a product goes through, more than a processor's cache holds
 SAMPLE_S = 2e-3  # a sample lasts so long at least
 
@@ -104,7 +103,12 @@ def _trace_training(llm: LLM, params: Any, batch: int, tokens: int) -> None:
 def measure(
     problem: Problem, repeats: int = 15, timer: Callable[[], float] = time.perf_counter
 ) -> dict[str, Any] | None:
-    """The entry of a table for this operator at this shape; None where it has but one form here."""
+    """The entry of a table for this operator at this shape; None where it has but one form here.
+
+    Raises ValueError for less than two repeats.
+    """
+    if repeats < 2:
+        raise ValueError(f"repeats={repeats}: expected at least 2, 20 where other work runs")
     runs = forms_of(problem)
     if len(runs) < 2:
         return None
@@ -126,15 +130,17 @@ def measure(
 
 
 def entry_of(rounds: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """The entry for rounds of microseconds by form, of which the first is the rule's: medians, and the
-    fastest form that is worth it, or the rule.
-    """
-    rule = next(iter(rounds[0]))
-    times = {name: statistics.median(times[name] for times in rounds) for name in rounds[0]}
-    won = lambda name: sum(times[name] < WORTH * times[rule] for times in rounds)  # noqa: E731
-    worth = [name for name in times if won(name) >= ROUNDS * len(rounds)]
+    """The entry for two rounds or more of microseconds by form, of which the first is the rule's."""
+    rule, times = next(iter(rounds[0])), _quartiles(rounds)
+    halves = [_quartiles(rounds[0::2]), _quartiles(rounds[1::2])]
+    worth = [name for name in times if all(half[name] < WORTH * half[rule] for half in halves)]
     choice = min(worth, key=lambda name: times[name], default=RULE)
     return {"choice": choice, "measured_us": {name: round(us, 1) for name, us in times.items()}}
+
+
+def _quartiles(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each form the time that a quarter of the rounds stayed below."""
+    return {name: sorted(times[name] for times in rounds)[len(rounds) // 4] for name in rounds[0]}
 
 
 def forms_of(problem: Problem) -> dict[str, Run]:
