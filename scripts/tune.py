@@ -12,7 +12,7 @@ not compiled again.
 
 --device measures the forms of operators (docs/kernels.md) on the device that is here, at the shapes of a
 model's steps, and writes the fastest to the file that LLM_JAX_TUNED names. Its cases: "engine", settings
-of EngineConfig; "batch" and "prompt_tokens" of LLM.generate; "sequences" of training, such as "4x256".
+of EngineConfig; "batch" and "prompt_tokens" of LLM.generate; "sequences" of training and of encoders.
 """
 
 import functools
@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 from llm_jax import cli
 from llm_jax.bench import forms, tuning
-from llm_jax.infer.llm import LLM
 
 ALL = ["v4:1x1x1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1"]
 TABLES = Path(__file__).resolve().parents[1] / "llm_jax" / "kernels" / "tuned"
@@ -62,7 +61,7 @@ def main(argv):
         if flags.FLAGS[name].present:
             raise ValueError(f"--{name} {'with' if DEVICE.value else 'without'} --device: leave it out")
     if DEVICE.value:
-        lines = forms.tune_device(LLM(MODEL.value), cases or [{}], REPEATS.value, keep=not DRY.value)
+        lines = forms.tune_device(MODEL.value, cases or [{}], REPEATS.value, keep=not DRY.value)
         for line in lines:
             print(line, flush=True)
         return

@@ -5,6 +5,7 @@ Machines are seldom quiet, so forms take turns and the lower quartile of their t
 work disturbs least; one is chosen that takes 5% less than the rule's in both halves of the rounds.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -17,12 +18,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from llm_jax.bench.tuning import random_arrays
 from llm_jax.cache.choice import abstract_cache
+from llm_jax.checkpoint.hf import load_config, resolve
 from llm_jax.config import EngineConfig
 from llm_jax.engine.engine import Engine
-from llm_jax.infer.llm import LLM
+from llm_jax.infer.llm import LLM, demo_model
 from llm_jax.infer.steps import make_forward, make_prefill
 from llm_jax.kernels.cases import sizes
 from llm_jax.kernels.chips import device_kind
@@ -39,6 +42,7 @@ from llm_jax.kernels.forms import (
 )
 from llm_jax.kernels.paged_attention.api import PagedProblem, by_rule, paged_attention
 from llm_jax.kernels.paged_attention.types import CHUNK_ALIGNMENT, Pages, Rows, abstract_pages
+from llm_jax.models import Model, describe
 from llm_jax.ops.attention import (
     AttentionOptions,
     AttentionProblem,
@@ -49,55 +53,65 @@ from llm_jax.ops.attention import (
     self_attention,
 )
 from llm_jax.ops.linear import LinearProblem, by_form
+from llm_jax.sharding import make_mesh
 from llm_jax.tree import is_per_layer
 
 WORTH = 0.95  # of the rule's time: a form that takes more is not chosen
-COLD_BYTES = 64 << 20  # of weights that a product goes through, more than a processor's cache holds
+COLD_BYTES = 64 << 20  # of weights that products go through, more than a processor's cache holds
 SAMPLE_S = 2e-3  # a sample lasts so long at least
 
 Run = Callable[[], Any]  # computes an operator once; what it returns is waited for
 
 
 def shapes_of(
-    llm: LLM,
+    model: str | None = None,
     *,
     engine: Mapping[str, Any] | None = None,
-    batch: Sequence[int] = (1, 8),
+    batch: Sequence[int] | None = None,
     prompt_tokens: Sequence[int] = (64,),
     sequences: Sequence[str] = (),
 ) -> list[Problem]:
-    """The operators of a model's steps: of an `Engine`, of `LLM.generate`, and of training.
+    """The operators of the steps of a model (its directory; None is the demo model).
 
-    engine: settings of `EngineConfig`. batch, prompt_tokens: rows, and tokens of their prompts, in all
-    pairs. sequences: rows x tokens of a training batch, such as "4x256".
+    sequences: rows x tokens of training and of encoders, such as "4x256". Of causal language models
+    besides: engine, settings of an `EngineConfig`; batch and prompt_tokens, rows of `LLM.generate` and
+    tokens of their prompts, in all pairs; by default 1 and 8 rows. Raises ValueError for an encoder's.
     """
-    programs = Engine(llm, EngineConfig(**{**(engine or {}), "compile_ahead": False})).programs
-    for shape in programs.buckets.shapes(False):
-        programs.trace(shape)
-    params = jax.tree.map(_abstract, llm.params)
-    with jax.set_mesh(llm.mesh):
-        for rows, tokens in itertools.product(batch, prompt_tokens):
-            _trace_generation(llm, params, rows, tokens)
-        for text in sequences:
-            _trace_training(llm, params, *sizes(text, "BT"))
+    directory = demo_model() if model is None else resolve(model)
+    config = load_config(directory)
+    config = dataclasses.replace(config, param_dtype="", compute_dtype="", cache_dtype="")
+    mesh = make_mesh("")
+    for text in sequences:
+        _trace_sequences(describe(config), mesh, *sizes(text, "BT"))
+    if config.causal and config.head == "lm":
+        llm = LLM(directory, mesh=mesh)
+        programs = Engine(llm, EngineConfig(**{**(engine or {}), "compile_ahead": False})).programs
+        for shape in programs.buckets.shapes(False):
+            programs.trace(shape)
+        for rows, tokens in itertools.product((1, 8) if batch is None else batch, prompt_tokens):
+            _trace_generation(llm, rows, tokens)
+    elif engine is not None or batch is not None:
+        raise ValueError(f"{directory} is no causal language model: it has no engine, no batch")
     return in_order(chosen())
 
 
-def _trace_generation(llm: LLM, params: Any, batch: int, tokens: int) -> None:
+def _trace_generation(llm: LLM, batch: int, tokens: int) -> None:
+    params = jax.tree.map(_abstract, llm.params)
     apart = any(map(is_per_layer, jax.tree.leaves(params["layers"], is_leaf=is_per_layer)))
-    cache = abstract_cache(llm.model.config, batch, tokens + 1, llm.mesh, per_layer=apart)
     number = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     prompt = (number((batch, tokens)), number((batch,)))
-    jax.eval_shape(make_prefill(llm.model), params, cache, *prompt)
-    jax.eval_shape(make_forward(llm.model), params, cache, number((batch,)))
+    with jax.set_mesh(llm.mesh):
+        cache = abstract_cache(llm.model.config, batch, tokens + 1, llm.mesh, per_layer=apart)
+        jax.eval_shape(make_prefill(llm.model), params, cache, *prompt)
+        jax.eval_shape(make_forward(llm.model), params, cache, number((batch,)))
 
 
-def _trace_training(llm: LLM, params: Any, batch: int, tokens: int) -> None:
+def _trace_sequences(model: Model, mesh: Mesh, batch: int, tokens: int) -> None:
     def run(params, ids):
-        hidden, _ = llm.model.bind(params)(ids, ids, FullContext(ids))
-        return hidden
+        return model.bind(params)(ids, ids, FullContext(ids))[0]
 
-    jax.eval_shape(run, params, jax.ShapeDtypeStruct((batch, tokens), jnp.int32))
+    with jax.set_mesh(mesh):
+        jax.eval_shape(run, model.shapes, jax.ShapeDtypeStruct((batch, tokens), jnp.int32))
 
 
 def measure(
@@ -156,18 +170,20 @@ def forms_of(problem: Problem) -> dict[str, Run]:
 
 
 def _of_linear(problem: LinearProblem) -> dict[str, Run]:
-    """Through several weights, which come from memory as they do in a model; times are of all."""
+    """Each time with the next of several weights, which come from memory as they do in a model."""
     if not problem.has_forms:
         return {}
     weight = jax.ShapeDtypeStruct((problem.out, problem.inner), problem.dtype)
-    copies = max(1, min(8, COLD_BYTES // (weight.size * weight.dtype.itemsize)))
+    copies = max(2, min(8, COLD_BYTES // (weight.size * weight.dtype.itemsize)))
     x = jax.ShapeDtypeStruct((problem.rows, problem.inner), problem.dtype)
     x, weights = random_arrays((x, [weight] * copies))
+    following = itertools.cycle(weights)
 
-    def run(form: str, x, weights):
-        return [by_form(form, x, w) for w in weights]
+    def of(form: str) -> Run:
+        product = jax.jit(functools.partial(by_form, form))
+        return lambda: product(x, next(following))
 
-    return {form: _compiled(functools.partial(run, form), x, weights) for form in FORMS["linear"]}
+    return {form: of(form) for form in FORMS["linear"]}
 
 
 def _of_attention(problem: AttentionProblem) -> dict[str, Run]:
@@ -256,7 +272,7 @@ def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def tune_device(
-    llm: LLM, cases: Iterable[Mapping[str, Any]], repeats: int, keep: bool = True
+    model: str | None, cases: Iterable[Mapping[str, Any]], repeats: int, keep: bool = True
 ) -> Iterator[str]:
     """Measure what has several forms in these cases of `shapes_of`, and keep it in the table unless told
     otherwise; a line of text for each. Raises ValueError for what no case has.
@@ -267,7 +283,7 @@ def tune_device(
     problems: dict[Problem, None] = {}
     for case in cases:
         try:
-            problems |= dict.fromkeys(shapes_of(llm, **case))
+            problems |= dict.fromkeys(shapes_of(model, **case))
         except TypeError as error:
             raise ValueError(f"case {case}: {error}") from error
     yield f"{device_name()}: {len(problems)} operators and shapes, table {path or 'not written'}"

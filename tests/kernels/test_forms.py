@@ -23,6 +23,7 @@ from llm_jax.kernels.paged_attention.types import Rows, init_pages
 from llm_jax.ops.attention import AttentionOptions, AttentionProblem, FullContext, attention_form
 from llm_jax.ops.linear import LinearProblem, linear
 from llm_jax.sharding import make_mesh
+from tests.tiny import ENCODERS
 
 ROOT = Path(__file__).resolve().parents[2]
 LINEAR = LinearProblem("float32", 8, 16, 24)
@@ -197,7 +198,9 @@ BROKEN = {
 
 @pytest.mark.parametrize(("message", "text"), BROKEN.items(), ids=list(BROKEN))
 def test_broken_tables_are_refused(table, message, text):
-    forms.table_path().write_text(text)
+    path = forms.table_path()
+    assert path is not None
+    path.write_text(text)
     with pytest.raises(ValueError, match=message) as error:
         jaxpr_of_linear()
     assert "scripts/tune.py --device" in str(error.value) and "tuned.json" in str(error.value)
@@ -250,7 +253,7 @@ def test_what_is_measured_is_what_a_step_looks_up(table, problem):
         assert set(forms.chosen()) == {problem}
 
 
-def test_tables_are_written_and_read(table, monkeypatch, llm):
+def test_tables_are_written_and_read(table, monkeypatch):
     """Entries of every operator of a model's steps; others and other devices' stay."""
     table(LINEAR, "swapped")
     table(LINEAR, "swapped", device="another device")
@@ -259,7 +262,7 @@ def test_tables_are_written_and_read(table, monkeypatch, llm):
         measuring, "measure", lambda problem, _: entry if problem.operator in forms.FORMS else None
     )
     case = {"engine": SIZES, "batch": [2], "prompt_tokens": [16], "sequences": ["2x16"]}
-    lines = list(measuring.tune_device(llm, [case], 2))
+    lines = list(measuring.tune_device(None, [case], 2))
     assert "operators and shapes" in lines[0] and lines[1].endswith(": rule (a 2, b 1 us)")
     found = forms.read_table(forms.table_path())
     assert found["another device"]["linear"][LINEAR.key]["choice"] == "swapped"
@@ -268,10 +271,22 @@ def test_tables_are_written_and_read(table, monkeypatch, llm):
     assert any("training" in key for key in here["attention"])
     assert any("prompt" in key for key in here["attention"])
     with pytest.raises(ValueError, match="case {'batches': 3}"):
-        list(measuring.tune_device(llm, [{"batches": 3}], 2))
+        list(measuring.tune_device(None, [{"batches": 3}], 2))
     monkeypatch.setenv("LLM_JAX_TUNED", "off")
     with pytest.raises(ValueError, match="LLM_JAX_TUNED=off"):
-        list(measuring.tune_device(llm, [case], 2))
+        list(measuring.tune_device(None, [case], 2))
+
+
+def test_encoders_have_sequences_alone(table, tmp_path):
+    ENCODERS["bert"].save(tmp_path / "bert")
+    found = measuring.shapes_of(str(tmp_path / "bert"), sequences=["2x16", "4x32"])
+    full = [problem for problem in found if isinstance(problem, AttentionProblem)]
+    assert [(x.causal, x.training, x.batch, x.tokens) for x in full] == [
+        (False, True, 2, 16),
+        (False, True, 4, 32),
+    ]
+    with pytest.raises(ValueError, match="no engine"):
+        measuring.shapes_of(str(tmp_path / "bert"), batch=[1])
 
 
 @pytest.fixture(scope="module")
