@@ -170,14 +170,14 @@ def forms_of(problem: Problem) -> dict[str, Run]:
 
 
 def _of_linear(problem: LinearProblem) -> dict[str, Run]:
-    """Each time with the next of several weights, which come from memory as they do in a model."""
+    """Each time with the next of several copies of a weight: from memory, as in a model."""
     if not problem.has_forms:
         return {}
     weight = jax.ShapeDtypeStruct((problem.out, problem.inner), problem.dtype)
     copies = max(2, min(8, COLD_BYTES // (weight.size * weight.dtype.itemsize)))
     x = jax.ShapeDtypeStruct((problem.rows, problem.inner), problem.dtype)
-    x, weights = random_arrays((x, [weight] * copies))
-    following = itertools.cycle(weights)
+    x, weight = random_arrays((x, weight))
+    following = itertools.cycle([weight.copy() for _ in range(copies)])
 
     def of(form: str) -> Run:
         product = jax.jit(functools.partial(by_form, form))
