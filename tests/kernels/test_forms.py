@@ -368,9 +368,7 @@ def test_tune_measures_a_device_and_refuses_other_flags(tmp_path):
     run = functools.partial(subprocess.run, capture_output=True, text=True, env=environment)
     done = run([*command, f"--case={json.dumps(case)}"])
     assert done.returncode == 0, done.stderr
-    assert {"attention", "linear", "paged_attention"} == set(
-        *map(set, json.loads(table.read_text()).values())
-    )
+    assert {"linear", "paged_attention"} == set(*map(set, json.loads(table.read_text()).values()))
     done = run([*command, "--topology=v6e:1x1"])
     assert done.returncode == 2 and "--topology with --device" in done.stderr
     done = run([sys.executable, ROOT / "scripts" / "tune.py", "--model=x"])
