@@ -52,6 +52,7 @@ from llm_jax.infer.paged_steps import (
 )
 from llm_jax.infer.replies import Output, Reply, best_of
 from llm_jax.kernels.choice import kernel_refusal
+from llm_jax.kernels.forms import explain
 from llm_jax.models import Params
 from llm_jax.models.draft_head import DraftHeadModel
 from llm_jax.ops.linear import LowRank
@@ -311,6 +312,12 @@ class Engine:
             self.adapters.unload(name)
             for scheduler in self.schedulers:
                 scheduler.prefix.forget(name)
+
+    def explain(self) -> list[str]:
+        """Lines of text: the form of every operator at the shapes traced in this process so far, why it
+        was chosen, and what its alternatives took where that was measured (see `kernels.forms`).
+        """
+        return explain()
 
     @property
     def idle(self) -> bool:

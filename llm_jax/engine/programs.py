@@ -233,6 +233,12 @@ class Programs(Compiled):
         """Tokens that `write_history` takes."""
         return self.buckets.pages * self._like[1][0].page_size
 
+    def trace(self, shape: StepShape) -> None:
+        """Trace the forward alone: after it `kernels.forms.chosen` knows what operators it has."""
+        forward, args = self._build(("forward", shape))
+        with jax.set_mesh(self.mesh):
+            jax.eval_shape(forward, *args)
+
     def _work(self) -> list[Any]:
         shapes = list(self.buckets.shapes(self._config.prompt_logprobs))
         work: list[Any] = [("forward", shape) for shape in shapes]

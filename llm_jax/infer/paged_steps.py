@@ -10,6 +10,7 @@ is one array, `packed` [D, X] int32, because each transfer has its price: `StepS
 to fill in by name, with rows that do nothing.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -24,6 +25,7 @@ from jax.sharding import Mesh
 from llm_jax.cache.paged import PagedCache, StepRows
 from llm_jax.config import ModelConfig
 from llm_jax.infer.steps import score_tokens
+from llm_jax.kernels.forms import by_rule
 from llm_jax.kernels.paged_attention.reference import token_rows
 from llm_jax.kernels.paged_attention.types import Rows
 from llm_jax.models import Model
@@ -117,6 +119,10 @@ def make_paged_forward(
 
     @functools.partial(jax.jit, donate_argnames="cache")
     def forward(params, cache, newest, packed, given=None):
+        with by_rule() if strict else contextlib.nullcontext():  # one code for all shapes
+            return step(params, cache, newest, packed, given)
+
+    def step(params, cache, newest, packed, given):
         net, parts = model.bind(params), shape.parts(packed)
         tokens = parts["tokens"]
         known = newest.reshape(len(newest), -1)

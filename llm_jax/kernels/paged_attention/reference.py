@@ -4,7 +4,8 @@ Letters: T tokens, R rows, C queries of one row, N query heads, K key/value head
 P pages of Z tokens, M pages of a row.
 
 Row by row and page by page, with running sums: XLA would gather all pages of all rows first, up to the
-longest row's, at a fifth of the speed on a CPU.
+longest row's, at a fifth of the speed on a CPU. `together` goes through the pages of all single tokens'
+rows at once, which is faster where one row is all there is, or rows are spread over many cores.
 """
 
 import functools
@@ -30,6 +31,7 @@ def reference_paged_attention(
     scale: float,
     window: jax.Array,
     softcap: float,
+    together: bool = False,
 ) -> tuple[jax.Array, Pages]:
     """(attention [T, N, H], pages with the new tokens).
 
@@ -44,9 +46,9 @@ def reference_paged_attention(
     )
     single = jnp.arange(most) < rows.decodes
     ends = jnp.where(single, rows.lengths, 0)
-    out = jax.lax.map(
-        lambda x: attend(x[0][None], x[1], x[2] - 1, x[2])[0], (q[:most], rows.table, ends)
-    )
+    one = lambda q, table, end: attend(q[None], table, end - 1, end)[0]  # noqa: E731
+    singles = (q[:most], rows.table, ends)
+    out = jax.vmap(one)(*singles) if together else jax.lax.map(lambda x: one(*x), singles)
     if count == most:
         return out, pages
     tile = min(TILE, count)
