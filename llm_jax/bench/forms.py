@@ -85,7 +85,8 @@ def shapes_of(
         _trace_sequences(describe(config), mesh, *sizes(text, "BT"))
     if config.causal and config.head == "lm":
         llm = LLM(directory, mesh=mesh)
-        programs = Engine(llm, EngineConfig(**{**(engine or {}), "compile_ahead": False})).programs
+        settings = {**(engine or {}), "compile_ahead": False}
+        programs = Engine(llm, EngineConfig(**settings)).runner.programs
         for shape in programs.buckets.shapes(False):
             programs.trace(shape)
         for rows, tokens in itertools.product((1, 8) if batch is None else batch, prompt_tokens):

@@ -266,7 +266,7 @@ def test_records_are_whole_however_they_came(models, changes):
             same_records(output.taps, whole(llm, output, wanted)[1])
     assert (serving.schedulers[0].statistics.preemptions > 0) == ("pages" not in changes)
     if "speculation" in changes:
-        assert any(key[0] == "verify" for key in serving.programs._compiled)
+        assert any(key[0] == "verify" for key in serving.runner.programs._compiled)
 
 
 @SLOW
@@ -302,7 +302,7 @@ def test_nothing_is_compiled_for_requests_without_taps(models):
     serving = engine(models("gpt2")[1], compile_ahead=True)
     for taps in (None, [None, EVERYTHING, None], None):
         serving.generate([PROMPT, *OTHERS], ASKED, taps=taps)
-        assert serving.programs.misses == 0
+        assert serving.misses == 0
 
 
 def test_a_step_without_what_is_patched_has_the_plain_program(models):
@@ -310,8 +310,8 @@ def test_a_step_without_what_is_patched_has_the_plain_program(models):
     patch = Patch("embed", np.ones(llm.model.config.embed_dim), position=2)
     serving = engine(llm)
     made = []
-    run = serving._forward
-    serving._forward = lambda shape, taps: (made.append(taps is not None), run(shape, taps))[1]
+    run = serving.runner._forward
+    serving.runner._forward = lambda shape, taps: (made.append(taps is not None), run(shape, taps))[1]
     serving.generate([PROMPT], ASKED, taps=Taps(patches=(patch,)))
     assert made == [True] + [False] * 8
 
@@ -334,8 +334,8 @@ def test_programs_without_taps_are_what_they_would_be(models, monkeypatch):
     """The same StableHLO, character by character, as of a model that never calls `tap`."""
     llm = models("gpt2")[1]
     serving = engine(llm)
-    model, (params, cache, slots) = serving.llm.model, serving.programs._like
-    shape = serving.programs.buckets.shape(3, 16)
+    model, (params, caches, slots) = serving.llm.model, serving.runner.programs._like
+    shape = serving.runner.programs.buckets.shape(3, 16)
 
     def loss(params, tokens):
         positions = jnp.broadcast_to(jnp.arange(8)[None], tokens.shape)
@@ -346,7 +346,7 @@ def test_programs_without_taps_are_what_they_would_be(models, monkeypatch):
     def texts():
         with jax.set_mesh(llm.mesh):
             step = make_paged_forward.__wrapped__(model, shape).lower(
-                params, cache, slots.last, serving.programs._packed(shape)
+                params, caches[0], slots.newest, serving.runner.programs._packed(shape)
             )
         tokens = jax.ShapeDtypeStruct((2, 8), np.int32)
         train = jax.jit(lambda *x: jax.value_and_grad(loss)(*x)).lower(model.shapes, tokens)

@@ -296,16 +296,16 @@ def llm():
 
 def step_text(engine, shape, strict):
     """The forward of a step as it is compiled, traced anew."""
-    programs = engine.programs
-    params, cache, slots = programs._like
+    programs = engine.runner.programs
+    params, caches, slots = programs._like
     forward = make_paged_forward.__wrapped__(engine.llm.model, shape, strict)
     with jax.set_mesh(programs.mesh):
-        return forward.lower(params, cache, slots.last, programs._packed(shape)).as_text()
+        return forward.lower(params, caches[0], slots.newest, programs._packed(shape)).as_text()
 
 
 def test_strict_steps_never_follow_a_table(table, llm):
     engine = Engine(llm, EngineConfig(**SIZES))
-    shape = engine.programs.buckets.shape(4, 0)
+    shape = engine.runner.programs.buckets.shape(4, 0)
     plain, strict = (step_text(engine, shape, x) for x in (False, True))
     for problem in forms.chosen():
         if problem.operator != "cached_attention":
@@ -317,7 +317,7 @@ def test_strict_steps_never_follow_a_table(table, llm):
 def test_an_engine_explains_every_operator(table, llm):
     assert forms.explain() == ["no operator was traced yet"]
     engine = Engine(llm, EngineConfig(**SIZES))
-    shape = engine.programs.buckets.shape(4, 0)
+    shape = engine.runner.programs.buckets.shape(4, 0)
     step_text(engine, shape, False)
     problem = next(p for p in forms.chosen() if p.operator == "linear")
     table(problem, "swapped", {"dot": 9.0, "swapped": 4.0})
