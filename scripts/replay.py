@@ -12,7 +12,8 @@ import json
 from absl import app, flags
 
 from llm_jax import cli
-from llm_jax.engine.trace import changed_config, fit_step_time, measured, read_trace, replay, whatif
+from llm_jax.engine.trace import changed_config, read_trace, replay
+from llm_jax.engine.whatif import fit_step_time, measured, whatif
 
 TRACE = flags.DEFINE_string(
     "trace", None, "File that an engine wrote, see EngineConfig.trace.", required=True

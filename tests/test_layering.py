@@ -42,7 +42,8 @@ ONLY_IN = {  # package: the files that may import it
     "transformers": set(),
 }
 HOST_ONLY = {  # never jax
-    f"engine/{name}.py" for name in ("beams", "request", "pages", "prefix", "plan", "scheduler", "trace")
+    f"engine/{name}.py"
+    for name in ("beams", "request", "pages", "prefix", "plan", "scheduler", "trace", "whatif")
 }
 DEFERRED = {  # (file, module): why this import may stand inside a function
     ("data/sources.py", "pyarrow"): "the extra `data`: 100 MB that only .zst files need",

@@ -95,10 +95,5 @@ class EngineConfig:
             self.max_beams,
             f"0 to max_rows={self.max_rows}",
         )
-        if self.trace and self.max_beams:
-            raise ValueError(
-                f"trace={self.trace!r} with max_beams={self.max_beams}: a trace does not hold what a "
-                "search decides; leave one out"
-            )
         choice("cache_dtype", self.cache_dtype, CACHE_DTYPES)
         choice("speculation", self.speculation, SPECULATION)

@@ -1,7 +1,7 @@
 """Models that draft on the device, for all sequences of a step at once.
 
     ModelDrafter    a small model with the same tokens. It reads what the large one reads, into pages of
-                    its own under the same numbers: so shared prefixes, forks, windows and pages that
+                    its own under the same numbers: so shared prefixes, samples, windows and pages that
                     were moved are right without a thought, and a page costs more.
     HeadDrafter     a cell on the large model's own hidden states (models/draft_head.py). No pages.
 

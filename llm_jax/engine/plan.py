@@ -137,7 +137,6 @@ class Statistics:
     finished: int = 0  # sequences, for any reason
     preemptions: int = 0
     offloads: int = 0  # of those, to host pages
-    forks: int = 0  # by `fork`, and of beams that go on in several ways
     copied_pages: int = 0
     deferred: int = 0  # admissions put off as their prefix was being computed
     hit_tokens: int = 0  # from the prefix cache

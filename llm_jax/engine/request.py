@@ -40,7 +40,7 @@ class Sequence:
     """One sample of a request on its way. Changed by the scheduler alone, but for `draft`."""
 
     request: Request
-    sample: int  # 0..n-1, forks of beams beyond
+    sample: int  # 0..n-1
     rank: tuple[float, int, int]  # lower goes first: see Scheduler
     tokens: list[int]  # the prompt and the generated tokens known to the host
     pages: list[list[int]]  # ids by pool, in order of position; -1: slid out of the pool's window
@@ -55,7 +55,7 @@ class Sequence:
     node: Any = None  # where the prefix cache goes on from for it
     kept: int = 0  # its leading pages that the prefix cache has seen
     host: list[list[int]] = dataclasses.field(default_factory=list)  # `pages` while offloaded
-    siblings: list["Sequence"] = dataclasses.field(default_factory=list)  # fork when its prompt is done
+    siblings: list["Sequence"] = dataclasses.field(default_factory=list)  # begin when its prompt is done
     spare: list[int] = dataclasses.field(default_factory=list)  # slots held for the siblings
 
     @property

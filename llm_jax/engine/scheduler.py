@@ -120,41 +120,6 @@ class Scheduler:
         """End all samples of a request now; False where the id is not in use."""
         return self._end_all(id, reason)
 
-    def end(self, sequence: Sequence, reason: Reason = Reason.STOP) -> None:
-        """End one sequence now (a beam that was given up), and its samples that have not begun."""
-        for each in [sequence, *sequence.siblings]:
-            if each.finished is None:
-                self._finish(each, reason)
-
-    def fork(self, sequence: Sequence, token: int | None = None) -> Sequence:
-        """A copy that runs on from the known tokens and shares their pages, without those pending.
-
-        token: instead of the last known one, which the copy computes itself. ValueError where the
-        sequence does not run, has two rows uncommitted, or no row is free.
-        """
-        if sequence.slot < 0:
-            raise ValueError(f"sequence {sequence.key} does not run: fork it while it has a slot")
-        if sequence.pending > 1 and sequence.verifying is None:
-            raise ValueError(f"sequence {sequence.key} has {sequence.pending} pending: commit first")
-        if not self._slots:
-            raise ValueError(f"all max_rows={self.config.max_rows} rows are taken: end a sequence first")
-        self.statistics.forks += 1
-        sample = sequence.request.n - 1 + self.statistics.forks
-        copy = Sequence(
-            sequence.request,
-            sample,
-            rank=(*sequence.rank[:2], sample),
-            tokens=list(sequence.tokens),
-            pages=[],
-            slot=heapq.heappop(self._slots),
-        )
-        if token is not None:
-            copy.tokens[-1] = token
-        self._live[sequence.request.id].append(copy)
-        self._share_pages(sequence, copy, min(sequence.computed, len(copy.tokens) - 1))
-        bisect.insort(self._running, copy, key=_rank)
-        return copy
-
     def extend(self, beams: list[tuple[Sequence, int]]) -> list[Sequence]:
         """Let a search go on with these n beams: each continues one of its sequences by a token.
 
@@ -174,7 +139,6 @@ class Scheduler:
             if parent not in extended:
                 extended.append(parent)
                 continue
-            self.statistics.forks += 1
             extended.append(given_up.pop(0))
             extended[-1].tokens = list(parent.tokens)
             self._share_pages(parent, extended[-1], parent.computed)
@@ -627,7 +591,7 @@ class Scheduler:
             self._remember(sequence)
             self._leave(sequence)
         else:
-            _remove(self._waiting, sequence)  # not there if its first sample has not forked it yet
+            _remove(self._waiting, sequence)  # not there if its first sample stands for it
         for host, pages in zip(self._hosts, sequence.host or self._no_pages(), strict=True):
             for page in pages:
                 if page >= 0:

@@ -17,6 +17,8 @@ from llm_jax.engine.beams import BeamRules, Candidates  # noqa: E402
 from llm_jax.engine.engine import Engine  # noqa: E402
 from llm_jax.engine.pages import PoolSpec  # noqa: E402
 from llm_jax.engine.plan import SchedulerConfig  # noqa: E402
+from llm_jax.engine.trace import changed_config, read_trace, replay  # noqa: E402
+from llm_jax.engine.whatif import measured, whatif  # noqa: E402
 from llm_jax.infer.beam_options import BeamOptions  # noqa: E402
 from llm_jax.ops.sampling_params import StructuredSpec  # noqa: E402
 from tests.engine.test_engine import nothing_left  # noqa: E402
@@ -254,6 +256,24 @@ def test_pages_run_out(name, pages):
     check([ended["search", i] for i in range(3)], expected)
 
 
+def test_a_trace_repeats_searches(tmp_path):
+    """Bit for bit, among others, with pages short; and what-ifs find as much, also where none are."""
+    path = tmp_path / "trace.jsonl"
+    serving = engine(pages=(13,), max_rows=8, trace=str(path))
+    serving.add(PROMPTS[0], greedy(max_new_tokens=24), beams=BeamOptions(3))
+    serving.add(PROMPTS[1], greedy(stop_ids=END), beams=BeamOptions(2))
+    for i in range(3):
+        serving.add([5 + i, 9], greedy(max_new_tokens=22), priority=5)
+    finish(serving)
+    trace, found = read_trace(path), serving.schedulers[0].statistics
+    assert found.preemptions > 0 and replay(trace) is None
+    for pages in (13, 64):
+        config = changed_config(trace.config, {"pools": [{"pages": pages}]})
+        then = whatif(trace, config, lambda plan: 1e-3)
+        assert then["tokens"] == measured(trace)["tokens"] and then["finished"] == found.finished
+        assert (then["preemptions"] > 0) == (pages == 13)
+
+
 def test_a_search_waits_for_its_rows_and_nobody_goes_before():
     serving, begun = engine(), {}
     for i in range(3):
@@ -367,5 +387,3 @@ def test_engines_without_searches_refuse_them():
     for value in (-1, 9):
         with pytest.raises(ValueError, match=f"max_beams={value}: expected 0 to max_rows=8"):
             EngineConfig(max_rows=8, max_beams=value)
-    with pytest.raises(ValueError, match="trace='x' with max_beams=2"):
-        EngineConfig(trace="x", max_beams=2)

@@ -147,7 +147,7 @@ class Harness:
         self.config, self.clock = config, Clock()
         self.scheduler, self.device = Scheduler(config, self.clock), Device(config)
         self.open = collections.deque()  # (plan, tokens, stopped)
-        self.ended, self.beams, self.begun = [], set(), 0
+        self.ended, self.begun = [], 0
         self.host_pages = config.host_pages + config.prefix_host_pages
 
     def add(self, prompt, new, **options):
@@ -194,11 +194,6 @@ class Harness:
         found = self.scheduler.cancel(id)
         self._take(self.scheduler.poll())
         return found
-
-    def fork(self, sequence):
-        token = 1 + sequence.tokens[-1] % 2
-        generated = len(sequence.tokens) > len(sequence.request.prompt)
-        self.beams.add(self.scheduler.fork(sequence, token if generated else None).key)
 
     def draft(self, right):
         """Drafts for the running sequences, of which the first `right` tokens will be accepted."""
@@ -274,7 +269,7 @@ class Harness:
 
     def _check_tokens(self, sequence, reason):
         request, got = sequence.request, sequence.generated
-        if sequence.key not in self.beams and not request.search:
+        if not request.search:
             begin = len(request.prompt)
             assert got == [sampled(request, sequence.sample, begin + i) for i in range(len(got))]
             assert STOP not in got[:-1]
@@ -334,10 +329,7 @@ def random_request(draw):
 
 def operate(harness, draw):
     """One random operation."""
-    running = [s for s in harness.scheduler.running if not s.request.search]
-    what = draw(
-        ["plan"] * 6 + ["commit"] * 6 + ["add"] * 4 + ["draft"] * 2 + ["cancel", "fork", "end", "time"]
-    )
+    what = draw(["plan"] * 6 + ["commit"] * 6 + ["add"] * 4 + ["draft"] * 2 + ["cancel", "time"])
     if what == "plan" and len(harness.open) < 2:
         harness.plan()
     elif what == "commit" and harness.open:
@@ -347,12 +339,6 @@ def operate(harness, draw):
         harness.add(**random_request(draw), deadline=deadline)
     elif what == "cancel" and harness.begun:
         harness.cancel(f"r{draw(range(max(1, harness.begun - 8), harness.begun + 1))}")
-    elif what == "fork" and running:
-        sequence = draw(running)
-        if sequence.pending <= 1 and harness.scheduler.load().running < harness.config.max_rows:
-            harness.fork(sequence)
-    elif what == "end" and running:
-        harness.scheduler.end(draw(running), Reason.CANCELLED)
     elif what == "draft":
         harness.draft(draw([0, 1, 3]))
     elif what == "time":
@@ -784,19 +770,29 @@ def test_what_awaits_a_copy_is_not_offloaded():
     h.drain()
 
 
-def test_fork_may_change_the_last_token():
+def test_beams_share_pages_and_copy_where_they_part():
     h = harness()
-    h.scheduler.add(Request("a", (1,) * 6, 8))
-    h.plan()
-    h.commit()
-    (sequence,) = h.scheduler.running
-    copy = h.scheduler.fork(sequence, 2)
-    h.beams.add(copy.key)
-    assert copy.tokens == [1] * 6 + [2] and copy.computed == 6
-    plan = h.plan()
-    assert len(plan.rows) == 2 and len(plan.copies) == 1
-    h.commit()
-    h.scheduler.end(copy)
+
+    def step():
+        tokens, stopped = h.device.run(plan := h.scheduler.plan())
+        assert (tokens, stopped, h.scheduler.commit(plan, {})) == ({}, set(), [])
+        return plan
+
+    h.scheduler.add(Request("a", (1,) * 6, 8, n=3, search=True))
+    step()
+    first = h.scheduler.running[0]
+    beams = h.scheduler.extend([(first, 1), (first, 2), (first, 3)])
+    assert beams == list(h.scheduler.running) and beams[0] is first
+    assert [s.tokens[6:] for s in beams] == [[1], [2], [3]] and {s.computed for s in beams} == {6}
+    with pytest.raises(ValueError, match="'a', 1.* is not computed"):
+        h.scheduler.extend([(beams[1], 4)] * 3)
+    assert len(step().copies) == 2, "of the second page, for who writes to it before the last"
+    grown = h.scheduler.extend([(beams[2], 4), (beams[1], 5), (beams[2], 6)])
+    assert grown == [beams[2], beams[1], beams[0]], "the last takes the place of who has no child"
+    assert [s.tokens[6:] for s in grown] == [[3, 4], [2, 5], [3, 6]]
+    assert len(step().copies) == 1
+    h.check()
+    assert h.cancel("a")
     h.drain()
 
 
