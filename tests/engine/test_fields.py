@@ -12,7 +12,7 @@ import pytest
 
 from llm_jax import SamplingParams
 from llm_jax.config import EngineConfig
-from llm_jax.engine import engine as engine_module
+from llm_jax.engine import runner
 from llm_jax.engine.engine import Engine
 from llm_jax.engine.scheduler import QueueFull
 from llm_jax.engine.trace import read_trace, replay
@@ -90,7 +90,7 @@ def pages(**changes):
 
 
 def memory_share(monkeypatch):
-    monkeypatch.setattr(engine_module, "free_bytes", lambda device: 1 << 19)
+    monkeypatch.setattr(runner, "free_bytes", lambda device: 1 << 19)
     assert pages(memory_share=0.05) < pages(memory_share=0.06)
 
 
@@ -147,9 +147,9 @@ def speculation(monkeypatch):
 
 def strict(monkeypatch):
     calls = []
-    make = engine_module.Programs._compile
+    make = runner.Programs._compile
     monkeypatch.setattr(
-        engine_module.Programs,
+        runner.Programs,
         "_compile",
         lambda self, key: (calls.append(self._config.strict_numerics), make(self, key)),
     )

@@ -124,10 +124,14 @@ def test_prompts(on_tpu, mesh):
 def test_the_choice_of_an_implementation(monkeypatch):
     q, k = (jax.ShapeDtypeStruct((1, 256, n, 64), jnp.bfloat16) for n in (4, 2))
     short = jax.ShapeDtypeStruct((1, 40, 4, 64), jnp.bfloat16)
-    serves = attention.kernel_serves
-    assert not serves(q, k, "auto"), "no kernel on this machine"
+
+    def form(q, implementation):
+        options = attention.AttentionOptions(True, 1.0, implementation=implementation)
+        return attention.attention_form(q, k, options, training=True)
+
+    assert form(q, "auto") == "xla", "no kernel on this machine"
     with pytest.raises(ValueError, match="attention='pallas': there is no kernel for cpu"):
-        serves(q, k, "pallas")
+        form(q, "pallas")
     monkeypatch.setattr(attention, "choose", functools.partial(attention.choose, kind="TPU v5e"))
-    assert serves(q, k, "auto") and serves(q, k, "pallas") and not serves(q, k, "xla")
-    assert not serves(short, k, "auto") and serves(short, k, "pallas")
+    assert [form(q, name) for name in ("auto", "pallas", "xla")] == ["pallas", "pallas", "xla"]
+    assert [form(short, name) for name in ("auto", "pallas")] == ["xla", "pallas"]
