@@ -100,6 +100,8 @@ class Engine:
         self._flights: collections.deque[Flight] = collections.deque()
         self._numbers, self._lock = itertools.count(), threading.RLock()
         self._driver: asyncio.Task | None = None
+        self._failure: BaseException | None = None  # what a step raised
+        self._waits = False  # for the device
         self.busy_s = self.scheduling_s = 0.0  # seconds in steps, and of these in the schedulers
         self.drafted_tokens = self.accepted_tokens = 0
 
@@ -238,17 +240,41 @@ class Engine:
         """Run one step, and take in what an earlier one chose; returns what became of requests.
 
         With `overlap` a step is left running while the next is planned, so what a call returns may be of
-        the step before.
+        the step before. An interrupt (Ctrl-C) while it waits for the device changes nothing; what else
+        is raised here ends the engine, as its pages are then half written.
         """
         with self._lock, jax.set_mesh(self.llm.mesh):
+            if self._failure is not None:
+                raise RuntimeError(
+                    "an earlier step of this engine failed, and what its pages hold is lost: make a new "
+                    "Engine, and ask again"
+                ) from self._failure
             start = time.perf_counter()
-            began = self._dispatch()
-            ahead = 1 if began and self._may_run_ahead else 0
-            deltas = self._reported(event for s in self.schedulers for event in s.poll())
-            while len(self._flights) > ahead:
-                deltas += self._land(self._flights.popleft())
-            self.busy_s += time.perf_counter() - start
-            return deltas
+            try:
+                return self._step()
+            except BaseException as error:
+                if not (self._waits and isinstance(error, KeyboardInterrupt)):
+                    self._failure = error
+                raise
+            finally:
+                self.busy_s += time.perf_counter() - start
+
+    def _step(self) -> list[Delta]:
+        deltas = self._landed(1)  # one more is there after an interrupt
+        began = self._dispatch()
+        ahead = 1 if began and self._may_run_ahead else 0
+        deltas += self._reported(event for s in self.schedulers for event in s.poll())
+        return deltas + self._landed(ahead)
+
+    def _landed(self, ahead: int) -> list[Delta]:
+        """Take in all steps that run but for the newest `ahead`."""
+        deltas: list[Delta] = []
+        while len(self._flights) > ahead:
+            self._waits = True
+            self._flights[0].wait()
+            self._waits = False
+            deltas += self._land(self._flights.popleft())
+        return deltas
 
     def generate(
         self,
@@ -343,7 +369,8 @@ class Engine:
             for name in outputs:
                 self.cancel(name)
             # What was cancelled is reported, and a step that was begun ahead lands.
-            while any(name in self._live for name in outputs) or not (self._live or self.idle):
+            left = lambda: any(name in self._live for name in outputs)  # noqa: E731
+            while self._failure is None and (left() or not (self._live or self.idle)):
                 self.step()
         return list(outputs.values())
 
@@ -432,13 +459,11 @@ class Engine:
         return DraftLength(self.runner.drafts, self.runner.drafter.cost)
 
     def _land(self, flight: Flight) -> list[Delta]:
-        """Wait for a step's tokens and take them in."""
-        chosen = np.asarray(flight.chosen)
-        if chosen.ndim == 3:
-            chosen = chosen[:, :, None]
-        scores = None if flight.scores is None else read_chosen(np.asarray(flight.scores))
-        found = read_chosen(chosen)
-        beams = () if flight.candidates is None else read_candidates(np.asarray(flight.candidates))
+        """Take in what a step chose."""
+        chosen: Any = flight.chosen
+        found = read_chosen(chosen if chosen.ndim == 4 else chosen[:, :, None])
+        scores = None if flight.scores is None else read_chosen(flight.scores)
+        beams = () if flight.candidates is None else read_candidates(flight.candidates)
         deltas: list[Delta] = []
         for d, plan in enumerate(flight.plans):
             if plan is None:

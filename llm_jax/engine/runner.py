@@ -44,10 +44,15 @@ class Flight:
 
     plans: Plans
     starts: np.ndarray  # [D, R], where its rows' tokens are
-    chosen: jax.Array  # [D, R, P, C]
-    candidates: jax.Array | None  # [D, R, 3, C], of rows that are beams
-    scores: jax.Array | None  # [D, T, C]
+    chosen: Any  # [D, S, C] or [D, R, P, C]
+    candidates: Any  # [D, R, 3, C], of rows that are beams, or None
+    scores: Any  # [D, T, C] or None
     taps: StepTaps | None
+
+    def wait(self) -> None:
+        """Have its results on the host, as numpy arrays. It may be interrupted and called again."""
+        results = jax.device_get((self.chosen, self.candidates, self.scores))
+        self.chosen, self.candidates, self.scores = results
 
 
 class Runner:

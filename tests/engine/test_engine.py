@@ -12,6 +12,7 @@ import pytest
 from llm_jax import LLM, SamplingParams
 from llm_jax.config import EngineConfig
 from llm_jax.engine.engine import Engine
+from llm_jax.engine.runner import Flight
 from llm_jax.engine.scheduler import QueueFull
 from llm_jax.ops.sampling_params import StructuredSpec
 
@@ -214,6 +215,38 @@ def test_what_a_step_raises_reaches_the_stream(llm, monkeypatch):
 
     with pytest.raises(ZeroDivisionError):
         asyncio.run(asyncio.wait_for(read(), 60))
+
+
+def test_an_interrupt_while_it_waits_leaves_the_engine_as_it_was(llm, expected, monkeypatch):
+    serving, wait, left = engine(llm), Flight.wait, [4]
+
+    def interrupted(flight):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        wait(flight)
+
+    monkeypatch.setattr(Flight, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        serving.generate(TEXTS, GREEDY)
+    assert nothing_left(serving), "what was asked for is cancelled"
+    names, ended, left[0] = [serving.add(text, GREEDY) for text in TEXTS], {}, 3
+    while not serving.idle:
+        try:
+            ended |= {delta.id: delta.output for delta in serving.step()}
+        except KeyboardInterrupt:
+            assert left[0] == 0
+    same([ended[name] for name in names], expected["greedy"])
+    assert nothing_left(serving)
+
+
+def test_a_step_that_failed_is_the_last_one(llm, monkeypatch):
+    serving = engine(llm)
+    monkeypatch.setattr(serving.runner, "run", lambda plans: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        serving.generate(TEXTS, GREEDY)
+    with pytest.raises(RuntimeError, match="an earlier step of this engine failed.*make a new Engine"):
+        serving.generate(TEXTS, GREEDY)
 
 
 def test_a_shared_beginning_is_computed_once(llm):
