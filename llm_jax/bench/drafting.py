@@ -1,5 +1,6 @@
 """Ways to draft beside none, on a trained model: random weights write what nobody can guess."""
 
+import dataclasses
 import functools
 import time
 from collections.abc import Iterator
@@ -38,8 +39,10 @@ def drafters(
         drafts_by["draft_head"] = load_draft_head(draft_head, llm.model, llm.mesh)
     if draft_model:
         drafts_by["draft_model"] = LLM(draft_model)
+    # All rounds are alike, so that the first one, which is not counted, compiles what they need.
+    config = EngineConfig(max_rows=1, prefix_cache=False, compile_ahead=False)
     engines = {
-        way: Engine(llm, EngineConfig(max_rows=1, speculation=way), drafter=drafter)
+        way: Engine(llm, dataclasses.replace(config, speculation=way), drafter=drafter)
         for way, drafter in {"off": None, **drafts_by}.items()
     }
     speeds = interleaved(
