@@ -66,10 +66,12 @@ def mixed_traffic(setup: Setup) -> Iterator[dict[str, Any]]:
 def arrivals(setup: Setup) -> Iterator[dict[str, Any]]:
     """The usual figures at several rates of Poisson arrivals, and up to which rate the engine keeps up.
 
-    Raises ValueError for fewer requests than tell whether a queue grows.
+    Raises ValueError for fewer requests than tell whether a queue grows, and for rates that are none.
     """
     if setup.requests < 8:
         raise ValueError(f"requests={setup.requests}: expected at least 8 of arrivals")
+    if not setup.rates or min(setup.rates) <= 0:
+        raise ValueError(f"rates={setup.rates}: expected one or more, above 0")
     engine, found = engine_for(setup.llm, setup.max_rows), []
     for seed, rate in enumerate(sorted(setup.rates)):
         traffic = mixed(setup.requests, VOCAB, seed, rate)

@@ -68,9 +68,17 @@ def test_a_rate_above_one_that_failed_is_not_the_knee():
     assert knee(found, 1.0) == 1.0
 
 
-def test_few_requests_are_refused(arrivals):
-    with pytest.raises(ValueError, match="requests=7: expected at least 8"):
-        arrivals(requests=7)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"requests": 7}, "requests=7: expected at least 8"),
+        ({"rates": (0.5, 0.0)}, r"rates=\(0.5, 0.0\): expected one or more, above 0"),
+        ({"rates": ()}, "rates="),
+    ],
+)
+def test_what_tells_nothing_is_refused(arrivals, changes, message):
+    with pytest.raises(ValueError, match=message):
+        arrivals(**changes)
 
 
 def test_the_share_counts_neither_beginning_nor_end():
