@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 KEEPS_UP = 0.95
 MIDDLE = (0.1, 0.9)  # of the requests, by their time
@@ -62,8 +63,11 @@ def plot_rates(
         first.plot(rates, series(key, 1e-3), color=color, marker="o", ms=4, label=f"P{percent}")
     first.axhline(ttft_bound_s, color="#888888", lw=1, ls="--", label="bound")
     first.set_yscale("log")
-    requests.set(ylabel="requests/s")
-    tokens.set(ylabel="tokens/s")
+    first.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    first.yaxis.set_major_formatter("{x:g}")
+    first.yaxis.set_minor_formatter("")
+    requests.set(ylabel="requests/s", ylim=(0, None))
+    tokens.set(ylabel="tokens/s", ylim=(0, None))
     first.set(ylabel="time to the first token, s", xlabel="arrivals, requests/s")
     at = knee(records, ttft_bound_s)
     requests.set_title(f"{title}: knee at {at:g}/s" if at else f"{title}: too slow for {rates[0]:g}/s")

@@ -25,8 +25,8 @@ def load(
     """How a runtime of `RUNTIMES` generates greedily, by `peer`'s weights, on so many threads.
 
     rows, length: prompts at most, and tokens of each with its answer. In float32, keys and values too;
-    ctranslate2_int8 has its matrices in int8. Raises ImportError where it is not installed, ValueError
-    for a model that we cannot write for it.
+    ctranslate2_int8 has its matrices in int8. Raises ImportError where it is not installed, RuntimeError
+    where it does not run, ValueError for a model that we cannot write for it.
     """
     with tempfile.TemporaryDirectory() as directory:
         if name == "llama_cpp":
@@ -121,6 +121,8 @@ def _llama_cpp(path: Path, peer: Any, rows: int, length: int, threads: int) -> G
     llama_cpp.llama_backend_init()
     defaults = llama_cpp.llama_model_default_params()
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), defaults)
+    if not model:
+        raise RuntimeError(f"llama.cpp does not read {path}")
     params = llama_cpp.llama_context_default_params()
     params.n_ctx, params.n_seq_max, params.n_batch = rows * length, rows, rows * length
     params.n_threads = params.n_threads_batch = threads
