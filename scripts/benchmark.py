@@ -1,18 +1,16 @@
 """Speed against a peer on the same weights, interleaved in one process: medians and their ratio.
 
-    python scripts/benchmark.py --case=decode --peer=transformers --shape=gpt2 --batch=1,8,32
-    python scripts/benchmark.py --case=prefill --peer=transformers --shape=llama160m --prompt_tokens=512
-    python scripts/benchmark.py --case=bandwidth
+    python scripts/benchmark.py --case=decode --shape=gpt2 --batch=1,8,32     # or prefill, or bandwidth
+    python scripts/benchmark.py --shape=llama160m --batch=8 --peer=transformers,ctranslate2,llama_cpp
     python scripts/benchmark.py --case=train --peer=torch --shape=gpt2          # or torch_compile
-    python scripts/benchmark.py --case=mixed_traffic --requests=64 --max_rows=32
-    python scripts/benchmark.py --case=arrivals --rates=0.2,0.5,1
-    python scripts/benchmark.py --case=overhead --batch=8               # or prefix, or speculation
+    python scripts/benchmark.py --case=mixed_traffic --requests=64      # or prefix, speculation, overhead
+    python scripts/benchmark.py --case=arrivals --rates=0.2,0.5,1 --plot=arrivals.png
+    python scripts/benchmark.py --case=drafters --draft_head=runs/draft_head/draft_head
 
-Greedy, random weights in float32. decode: tokens per second of all rows, prefill left out. prefill:
-prompt tokens per second to the first token. bandwidth: what part of the machine's memory bandwidth a
-decode step of one row reaches. train: tokens of optimizer steps. The engine's: mixed_traffic beside
-transformers' batches, arrivals, prefix and speculation beside itself without, overhead beside a fixed
-batch. --json prints {case, ours, peer, ratio, unit, ...} a line.
+Greedy, random weights in float32 (drafters: the demo model). decode: tokens a second of all rows after
+prefill. bandwidth: what part of the machine's a decode step of one row reaches. The engine's are
+mixed_traffic beside transformers' batches, overhead beside a fixed batch, arrivals, and prefix,
+speculation, drafters beside itself without. --json prints {case, ours, peer, ratio, unit, ...} a line.
 """
 
 import json
@@ -21,77 +19,80 @@ from collections.abc import Iterator
 
 from absl import app, flags
 
-from llm_jax import cli
+from llm_jax import LLM, cli
 from llm_jax.bench import generation_cases, serving_cases
-from llm_jax.bench.generation_cases import record
+from llm_jax.bench.drafting import drafters
 from llm_jax.bench.peers import SHAPES, random_model, same_weights
+from llm_jax.bench.runtimes import RUNTIMES
+from llm_jax.bench.setup import Setup, record, threads
 from llm_jax.bench.timing import interleaved
 from llm_jax.bench.training import TRAIN_SHAPES, rivals
 from llm_jax.kernels.forms import explain
 
-PEERS = {case: ("transformers",) for case in ("decode", "prefill", "bandwidth", "mixed_traffic")}
-PEERS |= {case: ("llm_jax",) for case in serving_cases.CASES if case not in PEERS}
-PEERS["train"] = ("torch", "torch_compile")
-_int = flags.DEFINE_integer
+CASES = generation_cases.CASES | serving_cases.CASES
+PEERS = {"train": ("torch", "torch_compile"), "mixed_traffic": ("transformers",)}
+PEERS |= dict.fromkeys(("decode", "prefill"), ("transformers", *RUNTIMES)) | {"bandwidth": ("machine",)}
+PEERS |= {case: ("llm_jax",) for case in (*serving_cases.CASES, "drafters") if case not in PEERS}
+OF_CASE = {"mesh": "train", "plot": "arrivals", "draft_head": "drafters", "draft_model": "drafters"}
+_int, _str, _bool = flags.DEFINE_integer, flags.DEFINE_string, flags.DEFINE_bool
 CASE = flags.DEFINE_enum("case", "decode", PEERS, "What to measure.")
-PEER = flags.DEFINE_string("peer", None, "Whom to compare with; the default is the case's first.")
+flags.DEFINE_list("peer", [], "Whom to compare with; several for decode. Default: the case's first.")
 SHAPE = flags.DEFINE_enum("shape", "gpt2", sorted({*SHAPES, *TRAIN_SHAPES}), "Size of the model.")
 BATCH = flags.DEFINE_list("batch", ["1"], "Rows; several may be given.")
 PROMPT = _int("prompt_tokens", None, "Prompt length; default 32, prefill 512.", lower_bound=1)
-NEW = _int("new_tokens", 64, "Tokens to decode.", lower_bound=2)
-MESH = flags.DEFINE_string("mesh", "", "Our devices with --case=train, such as data:2; '' = one.")
-STEPS = _int("steps", 5, "Training steps in a round.", lower_bound=1)
-REQUESTS = _int("requests", 64, "Of mixed_traffic, arrivals and prefix.", lower_bound=1)
-ROWS = _int("max_rows", 32, "Rows of the engine, and of the peer's batches.", lower_bound=1)
-RATES = flags.DEFINE_list("rates", ["0.25", "0.5", "1"], "Requests a second, of arrivals.")
-REPEATS = _int("repeats", 5, "Rounds; the medians are reported.", lower_bound=1)
-JSON = flags.DEFINE_bool("json", False, "One JSON object a line on stdout, nothing else.")
-EXPLAIN = flags.DEFINE_bool("explain", False, "Tell which form of each operator ran, on stderr.")
+_int("new_tokens", 64, "Tokens to decode.", lower_bound=2)
+_str("mesh", "", "Our devices with --case=train, such as data:2; '' = one.")
+_int("steps", 5, "Training steps in a round.", lower_bound=1)
+_int("requests", 64, "Of mixed_traffic, arrivals and prefix.", lower_bound=1)
+_int("max_rows", 32, "Rows of the engine, and of the peer's batches.", lower_bound=1)
+RATES = flags.DEFINE_list("rates", ["0.25", "0.5", "1"], "Requests a second.")
+flags.DEFINE_float("ttft_bound_s", 10.0, "Of the P99 of TTFT up to the knee of arrivals.", 0.0)
+_str("plot", None, "A PNG file to draw arrivals in.")
+_str("draft_head", None, "Of drafters: the directory of a head of the demo model.")
+_str("draft_model", None, "Of drafters: that of a smaller model with the demo model's tokens.")
+_int("repeats", 5, "Rounds; the medians are reported.", lower_bound=1)
+_bool("json", False, "One JSON object a line on stdout, nothing else.")
+_bool("explain", False, "Tell which form of each operator ran, on stderr.")
+FLAGS, OF_DRAFTERS = flags.FLAGS, ("draft_head", "draft_model", "new_tokens", "repeats")
+SIZES = ("repeats", "requests", "max_rows", "ttft_bound_s", "plot", "new_tokens")
 
 
-def records(case, torch, transformers, peer_name) -> Iterator[dict]:
+def records(case, torch, transformers, peers) -> Iterator[dict]:
     """What the case finds."""
-    name, new, repeats, batches = SHAPE.value, NEW.value, REPEATS.value, list(map(int, BATCH.value))
-    prompt = PROMPT.value or (512 if case == "prefill" else 32)
     if case == "train":
-        options = {"compiled": peer_name == "torch_compile", "steps": STEPS.value, "mesh": MESH.value}
-        speeds = interleaved(rivals(torch, name, **options), repeats)
-        yield record(f"train/{name}/{peer_name}", speeds["ours"], speeds["peer"])
-        return
-    peer = random_model(transformers, name)
-    llm = same_weights(peer)
-    if case == "bandwidth":
-        yield generation_cases.bandwidth(torch, llm, peer, name, prompt, new, repeats)
-    elif case in serving_cases.CASES:
-        rates = list(map(float, RATES.value))
-        sizes = (repeats, REQUESTS.value, ROWS.value, rates, batches, prompt, new)
-        setup = serving_cases.Setup(torch, transformers, llm, peer, name, *sizes)
-        yield from serving_cases.CASES[case](setup)
+        options = {"compiled": "torch_compile" in peers, "steps": FLAGS.steps, "mesh": FLAGS.mesh}
+        found = interleaved(rivals(torch, SHAPE.value, **options), FLAGS.repeats)
+        yield record(f"train/{SHAPE.value}/{peers[0]}", *found.values(), **threads(torch))
+    elif case == "drafters":
+        yield from drafters(LLM(), *(FLAGS[n].value for n in OF_DRAFTERS))
     else:
-        for batch in batches:
-            found = generation_cases.speeds(torch, llm, peer, case, batch, prompt, new, repeats)
-            yield record(f"{case}/{name}/batch{batch}", found["ours"], found["peer"])
+        peer = random_model(transformers, SHAPE.value)
+        sizes: dict = {name: FLAGS[name].value for name in SIZES} | {"rates": [*map(float, RATES.value)]}
+        sizes["batches"] = [*map(int, BATCH.value)]
+        sizes["prompt_tokens"] = PROMPT.value or (512 if case == "prefill" else 32)
+        sides = (torch, transformers, same_weights(peer), peer, SHAPE.value, peers)
+        yield from CASES[case](Setup(*sides, **sizes))
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    name = PEER.value or PEERS[CASE.value][0]
-    if name not in (known := PEERS[CASE.value]):
-        raise ValueError(f"--peer={name}: expected one of {known} with --case={CASE.value}")
-    if MESH.value and CASE.value != "train":
-        raise ValueError(
-            f"--mesh={MESH.value}: only --case=train has more than one device; leave it out"
-        )
-    try:  # here, so that --help needs neither
+    case, known = CASE.value, PEERS[CASE.value]
+    peers = FLAGS.peer or [known[0]]
+    if set(peers) - set(known) or (peers[1:] and case not in ("decode", "prefill")):
+        raise ValueError(f"--peer={','.join(peers)}: expected one of {known} with --case={case}")
+    for name, of in OF_CASE.items():
+        if FLAGS[name].value and case != of:
+            raise ValueError(f"--{name}={FLAGS[name].value}: --case={of} alone uses it; leave it out")
+    try:  # --help needs neither
         import torch
         import transformers
     except ImportError as error:
         raise ValueError(f'{error}; pip install "llm_jax[test]" (torch, transformers)') from error
-    for found in records(CASE.value, torch, transformers, name):
-        line = "  ".join(f"{key} {value}" for key, value in found.items())
-        print(json.dumps(found) if JSON.value else line, flush=True)
-    if EXPLAIN.value:
+    for each in records(case, torch, transformers, peers):
+        line = "  ".join(f"{name} {value}" for name, value in each.items())
+        print(json.dumps(each) if FLAGS.json else line, flush=True)
+    if FLAGS.explain:
         print(*explain(), sep="\n", file=sys.stderr)
 
 

@@ -34,6 +34,9 @@ BELOW = {  # room: the rooms it may import besides itself
 }
 ONLY_IN = {  # package: the files that may import it
     "aiohttp": {"serve/server.py"},
+    "ctranslate2": {"bench/runtimes.py"},
+    "gguf": {"bench/runtimes.py"},
+    "llama_cpp": {"bench/runtimes.py"},
     "llguidance": {"engine/structured.py"},
     "orbax": {"checkpoint/store.py"},
     "safetensors": set(),  # the format is read by checkpoint/tensor_file.py
@@ -46,6 +49,9 @@ HOST_ONLY = {  # never jax
     for name in ("beams", "request", "pages", "prefix", "plan", "scheduler", "trace", "whatif")
 }
 DEFERRED = {  # (file, module): why this import may stand inside a function
+    ("bench/runtimes.py", "ctranslate2"): "a peer of benchmarks, imported only where one asks for it",
+    ("bench/runtimes.py", "gguf"): "likewise",
+    ("bench/runtimes.py", "llama_cpp"): "likewise",
     ("data/sources.py", "pyarrow"): "the extra `data`: 100 MB that only .zst files need",
     ("data/sources.py", "pyarrow.parquet"): "likewise, for Parquet files",
     ("train/metrics_log.py", "wandb"): "an optional service, imported only where the config asks for it",

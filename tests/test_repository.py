@@ -69,7 +69,7 @@ def import_names(*extras: str) -> set[str]:
 def test_what_is_imported_is_required():
     product = imported("llm_jax") | imported("scripts") | imported("configs")
     # scripts/{verify,benchmark}.py compare with the peers; who sets wandb_project has wandb.
-    peers = {"torch", "transformers", "wandb"}
+    peers = {"torch", "transformers", "ctranslate2", "gguf", "llama_cpp", "wandb"}
     assert product - import_names("", "data", "serve", "eval", "structured") <= peers
     extras = ("", "data", "serve", "eval", "structured", "test")
     assert imported("tests") <= import_names(*extras) | {"setuptools"}

@@ -1,11 +1,11 @@
-"""The other side of a comparison: a transformers model with random weights, and how fast it generates.
+"""The other side of a comparison: a transformers model with random weights, and how it generates.
 
 The caller hands in the modules `torch` and `transformers`, which llm_jax itself does without.
 """
 
 import dataclasses
 import tempfile
-import time
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +16,7 @@ from llm_jax.infer.llm import LLM
 from llm_jax.models import describe
 from llm_jax.sharding import make_mesh
 
+Generate = Callable[[np.ndarray, int], np.ndarray]  # prompts [B, T], N more tokens -> [B, N]
 SHAPES = ("gpt2", "llama160m")  # 124M and 160M parameters
 
 
@@ -39,16 +40,19 @@ def same_weights(peer: Any) -> LLM:
         return LLM.from_params(model, load_hf(directory, model, mesh), None, mesh=mesh)
 
 
-def generate_seconds(torch: ModuleType, peer: Any, ids: np.ndarray, new_tokens: int) -> float:
-    """Seconds of one greedy `generate` call of transformers on prompts [B, T]."""
-    with torch.no_grad():
-        start = time.perf_counter()
-        peer.generate(
-            torch.tensor(ids),
-            attention_mask=torch.ones(ids.shape, dtype=torch.long),
-            min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        return time.perf_counter() - start
+def generator(torch: ModuleType, peer: Any) -> Generate:
+    """Greedy `generate` of transformers, which ends no text early."""
+
+    def generate(ids: np.ndarray, new_tokens: int) -> np.ndarray:
+        with torch.no_grad():
+            found = peer.generate(
+                torch.tensor(ids),
+                attention_mask=torch.ones(ids.shape, dtype=torch.long),
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        return found[:, ids.shape[1] :].numpy()
+
+    return generate

@@ -3,7 +3,6 @@
 Every round has requests of its own, so that no prefix is known from the round before.
 """
 
-import dataclasses
 import functools
 import statistics
 import time
@@ -13,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.bench.generation_cases import record
+from llm_jax.bench.arrivals import completed_share, knee, plot_rates
 from llm_jax.bench.peers import same_weights
 from llm_jax.bench.serving import Times, Traffic, continuous_batches, mixed, serve, static_batches
+from llm_jax.bench.setup import Setup, record, skipped, threads
 from llm_jax.bench.timing import interleaved
 from llm_jax.config import EngineConfig
 from llm_jax.engine.engine import Engine
@@ -26,24 +26,6 @@ VOCAB = 30000  # ids that all shapes have
 LONGEST = 800  # tokens of a request: 512 of a prompt, 256 new ones, and some
 
 
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """Both sides of a comparison, and its sizes; a case takes those that it has use for."""
-
-    torch: ModuleType
-    transformers: ModuleType
-    llm: LLM
-    peer: Any  # the same weights in transformers
-    name: str  # of the shape
-    repeats: int
-    requests: int  # of mixed_traffic, arrivals, prefix
-    rows: int  # of the engine and of the peer's batches, likewise
-    rates: list[float]  # of arrivals, requests a second
-    batches: list[int]  # of overhead
-    prompt_tokens: int  # likewise
-    new_tokens: int  # of overhead and speculation
-
-
 def engine_for(llm: LLM, rows: int, **changes: Any) -> Engine:
     """An engine with everything compiled."""
     return Engine(llm, EngineConfig(**({"max_rows": rows, "max_length": LONGEST} | changes)))
@@ -51,7 +33,7 @@ def engine_for(llm: LLM, rows: int, **changes: Any) -> Engine:
 
 def mixed_traffic(setup: Setup) -> Iterator[dict[str, Any]]:
     """Many unequal requests at once beside transformers: static batches, and its continuous ones."""
-    engine, times = engine_for(setup.llm, setup.rows), []
+    engine, times = engine_for(setup.llm, setup.max_rows), []
     traffic = [mixed(setup.requests, VOCAB, seed) for seed in range(setup.repeats + 1)]
     turns = {who: iter(traffic) for who in ("ours", "static", "continuous")}
     tokens = lambda each: sum(each.new_tokens)  # noqa: E731
@@ -62,7 +44,7 @@ def mixed_traffic(setup: Setup) -> Iterator[dict[str, Any]]:
 
     def static():
         each = next(turns["static"])
-        return tokens(each) / static_batches(setup.torch, setup.peer, each, setup.rows)
+        return tokens(each) / static_batches(setup.torch, setup.peer, each, setup.max_rows)
 
     def continuous():
         each = next(turns["continuous"])
@@ -73,29 +55,42 @@ def mixed_traffic(setup: Setup) -> Iterator[dict[str, Any]]:
         continuous_batches(setup.transformers, setup.peer, mixed(1, VOCAB))
         rivals["continuous"] = continuous
     except Exception as error:  # of a peer whose continuous batching may not run here at all
-        yield {
-            "case": f"mixed_traffic/{setup.name}/continuous",
-            "skipped": f"{type(error).__name__}: {error}",
-        }
+        yield skipped(f"mixed_traffic/{setup.name}/continuous", error)
     speeds = interleaved(rivals, setup.repeats)
-    table = middle(times[1:])
+    figures = middle(times[1:]) | threads(setup.torch)
     for other in list(rivals)[1:]:
-        yield record(f"mixed_traffic/{setup.name}/{other}", speeds["ours"], speeds[other], **table)
+        yield record(f"mixed_traffic/{setup.name}/{other}", speeds["ours"], speeds[other], **figures)
     yield {"case": "compilations after the beginning", "count": engine.misses}
 
 
 def arrivals(setup: Setup) -> Iterator[dict[str, Any]]:
-    """The usual figures at several rates of Poisson arrivals."""
-    engine = engine_for(setup.llm, setup.rows)
-    for seed, rate in enumerate(setup.rates):
-        times = serve(engine, mixed(setup.requests, VOCAB, seed, rate))
-        yield {"case": f"arrivals/{setup.name}/rate{rate:g}", "rate": rate, **rounded(times.table())}
+    """The usual figures at several rates of Poisson arrivals, and up to which rate the engine keeps up.
+
+    Raises ValueError for fewer requests than tell whether a queue grows, and for rates that are none.
+    """
+    if setup.requests < 8:
+        raise ValueError(f"requests={setup.requests}: expected at least 8 of arrivals")
+    if not setup.rates or min(setup.rates) <= 0:
+        raise ValueError(f"rates={setup.rates}: expected one or more, above 0")
+    engine, found = engine_for(setup.llm, setup.max_rows), []
+    for seed, rate in enumerate(sorted(setup.rates)):
+        traffic = mixed(setup.requests, VOCAB, seed, rate)
+        times = serve(engine, traffic)
+        ends = [came + each[-1] for came, each in zip(traffic.arrivals, times.tokens, strict=True)]
+        figures = times.table() | {"completed_share": completed_share(traffic.arrivals, ends)}
+        found.append({"case": f"arrivals/{setup.name}/rate{rate:g}", "rate": rate} | rounded(figures))
+        yield found[-1]
+    bound = setup.ttft_bound_s
+    yield {"case": f"arrivals/{setup.name}/knee", "rate": knee(found, bound), "ttft_bound_s": bound}
+    if setup.plot:
+        plot_rates(found, bound, setup.plot, setup.name)
 
 
 def prefix(setup: Setup) -> Iterator[dict[str, Any]]:
     """Time to the first token of requests with 512 tokens in common: with the prefix cache, without."""
     engines = {
-        who: engine_for(setup.llm, setup.rows, prefix_cache=who == "ours") for who in ("ours", "peer")
+        who: engine_for(setup.llm, setup.max_rows, prefix_cache=who == "ours")
+        for who in ("ours", "peer")
     }
     seeds = {who: iter(range(100, 10**6)) for who in engines}
 
