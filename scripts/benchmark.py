@@ -3,7 +3,7 @@
     python scripts/benchmark.py --case=decode --shape=gpt2 --batch=1,8,32     # or prefill, or bandwidth
     python scripts/benchmark.py --shape=llama160m --batch=8 --peer=transformers,ctranslate2,llama_cpp
     python scripts/benchmark.py --case=train --peer=torch --shape=gpt2          # or torch_compile
-    python scripts/benchmark.py --case=mixed_traffic --requests=64      # or prefix, speculation, overhead
+    python scripts/benchmark.py --case=mixed_traffic --requests=64   # or prefix, speculation, overhead
     python scripts/benchmark.py --case=arrivals --rates=0.2,0.5,1 --plot=arrivals.png
     python scripts/benchmark.py --case=drafters --draft_head=runs/draft_head/draft_head
 
@@ -53,8 +53,7 @@ _str("draft_model", None, "Of drafters: that of a smaller model with the demo mo
 _int("repeats", 5, "Rounds; the medians are reported.", lower_bound=1)
 _bool("json", False, "One JSON object a line on stdout, nothing else.")
 _bool("explain", False, "Tell which form of each operator ran, on stderr.")
-FLAGS, OF_DRAFTERS = flags.FLAGS, ("draft_head", "draft_model", "new_tokens", "repeats")
-SIZES = ("repeats", "requests", "max_rows", "ttft_bound_s", "plot", "new_tokens")
+FLAGS, SIZES = flags.FLAGS, ("repeats", "requests", "max_rows", "ttft_bound_s", "plot", "new_tokens")
 
 
 def records(case, torch, transformers, peers) -> Iterator[dict]:
@@ -64,7 +63,7 @@ def records(case, torch, transformers, peers) -> Iterator[dict]:
         found = interleaved(rivals(torch, SHAPE.value, **options), FLAGS.repeats)
         yield record(f"train/{SHAPE.value}/{peers[0]}", *found.values(), **threads(torch))
     elif case == "drafters":
-        yield from drafters(LLM(), *(FLAGS[n].value for n in OF_DRAFTERS))
+        yield from drafters(LLM(), FLAGS.draft_head, FLAGS.draft_model, FLAGS.new_tokens, FLAGS.repeats)
     else:
         peer = random_model(transformers, SHAPE.value)
         sizes: dict = {name: FLAGS[name].value for name in SIZES} | {"rates": [*map(float, RATES.value)]}
