@@ -7,13 +7,14 @@ import importlib.metadata
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile more than they compute: without LLVM's optimizations the suite takes half the time.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-# One module a program, not one for each core, takes less of all cores together.
-FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
-# The older of two ways to make LLVM's code, in half the time; later jaxlibs have lost it and refuse the flag.
-if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) <= (0, 10):
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"
+FLAGS = "--xla_force_host_platform_device_count=8"
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Tests compile more than they compute: without LLVM's optimizations, in one module for a program
+    # and not one for each core, that takes half the time.
+    FLAGS += " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    # XLA's older way to make LLVM's code halves it again. Later versions lost it and refuse the flag.
+    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) <= (0, 10):
+        FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads wait for each other by spinning
