@@ -1,6 +1,10 @@
-"""A draft head for the bundled demo model.
+"""A draft head for the bundled demo model; runs/draft_head/draft_head is what comes out.
 
-python scripts/train.py --config=configs/draft_head.py --workdir=runs/draft_head
+    python scripts/train.py --config=configs/draft_head.py --workdir=runs/draft_head
+
+It learns from the texts of configs/data, offline, in about 5 minutes of CPU time. Expected on held-out
+texts: eval/agreement_1 to _4 of 0.39, 0.38, 0.37, 0.37, from 0.08, 0.06, 0.04, 0.05 untrained. For
+a model of your own, --config.base=DIR --config.data="(('mine.txt','',1.0),)"; see docs/training.md.
 """
 
 from pathlib import Path

@@ -12,6 +12,8 @@ _PUBLIC = {
     "Engine": "llm_jax.engine.engine",
     "EngineConfig": "llm_jax.config",
     "SamplingParams": "llm_jax.ops.sampling",
+    "Taps": "llm_jax.ops.taps",
+    "Patch": "llm_jax.ops.taps",
     "ModelConfig": "llm_jax.config",
     "load_tokenizer": "llm_jax.data.tokenizer",
 }

@@ -16,6 +16,7 @@ batch. --json prints {case, ours, peer, ratio, unit, ...} a line.
 """
 
 import json
+import sys
 from collections.abc import Iterator
 
 from absl import app, flags
@@ -26,6 +27,7 @@ from llm_jax.bench.generation_cases import record
 from llm_jax.bench.peers import SHAPES, random_model, same_weights
 from llm_jax.bench.timing import interleaved
 from llm_jax.bench.training import TRAIN_SHAPES, rivals
+from llm_jax.kernels.forms import explain
 
 PEERS = {case: ("transformers",) for case in ("decode", "prefill", "bandwidth", "mixed_traffic")}
 PEERS |= {case: ("llm_jax",) for case in serving_cases.CASES if case not in PEERS}
@@ -44,6 +46,7 @@ ROWS = _int("max_rows", 32, "Rows of the engine, and of the peer's batches.", lo
 RATES = flags.DEFINE_list("rates", ["0.25", "0.5", "1"], "Requests a second, of arrivals.")
 REPEATS = _int("repeats", 5, "Rounds; the medians are reported.", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "One JSON object a line on stdout, nothing else.")
+EXPLAIN = flags.DEFINE_bool("explain", False, "Tell which form of each operator ran, on stderr.")
 
 
 def records(case, torch, transformers, peer_name) -> Iterator[dict]:
@@ -88,6 +91,8 @@ def main(argv):
     for found in records(CASE.value, torch, transformers, name):
         line = "  ".join(f"{key} {value}" for key, value in found.items())
         print(json.dumps(found) if JSON.value else line, flush=True)
+    if EXPLAIN.value:
+        print(*explain(), sep="\n", file=sys.stderr)
 
 
 if __name__ == "__main__":

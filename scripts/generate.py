@@ -18,6 +18,7 @@ from llm_jax import LLM, SamplingParams, cli
 from llm_jax.infer import sampling_flags
 from llm_jax.infer.beam import BeamOptions
 from llm_jax.infer.timeline import Timeline
+from llm_jax.kernels.forms import explain
 
 flags.DEFINE_string("model", None, "Hugging Face directory or hub id; default: the demo model.")
 flags.DEFINE_multi_string("prompt", [], "A prompt; may be repeated. None: standard input.")
@@ -31,6 +32,7 @@ flags.DEFINE_integer("batch_size", 32, "Rows generated at once.", lower_bound=1)
 flags.DEFINE_integer("steps_per_dispatch", 8, "Tokens per host round trip.", lower_bound=1)
 flags.DEFINE_string("timeline", None, "Write a Chrome trace here, and a PNG beside it.")
 flags.DEFINE_bool("json", False, "One JSON object per continuation on stdout, nothing else.")
+flags.DEFINE_bool("explain", False, "Tell which form of each operator ran, and why, on stderr.")
 sampling_flags.define()
 FLAGS = flags.FLAGS
 REPORTED = ("prompt", "text", "token_ids", "logprobs", "top_logprobs", "finish_reason", "score")
@@ -87,6 +89,8 @@ def main(argv: list[str]) -> None:
         f"tokens/s, first token after {stats.ttft_s * 1e3:.1f} ms, compiled in {stats.compile_s:.1f} s",
         file=sys.stderr,
     )
+    if FLAGS.explain:
+        print(*explain(), sep="\n", file=sys.stderr)
 
 
 if __name__ == "__main__":

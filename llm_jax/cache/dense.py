@@ -27,6 +27,7 @@ from llm_jax.ops.attention import (
     ROWS,
     attention_mask,
     dot_product_attention,
+    note_cached,
     prompt_attention,
 )
 from llm_jax.sharding import COMPUTE, on_shards, placed, shard
@@ -229,7 +230,8 @@ def _attend_new(options, k_pool, v_pool, slot, q, k, v, length, positions, *, wi
     """Attend over stored and new tokens, and store the new ones."""
     assert options.causal, "a cache serves causal models"
     attend = partial(dot_product_attention, scale=options.scale, softcap=options.softcap)
-    capacity = k_pool.shape[-2]
+    kv_heads, capacity = k_pool.shape[-3:-1]
+    note_cached(q, kv_heads, capacity, "xla", "heads-major arrays, one product; see cache/choice.py")
     old_k, old_v = (_layer(p, slot, stacked) for p in (k_pool, v_pool))
     last = positions[:, -1:]
     if not ring:

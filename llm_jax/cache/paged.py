@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 from llm_jax.cache.dense import cached_heads, layer_slots, repeat_heads
 from llm_jax.config import ModelConfig
 from llm_jax.kernels.paged_attention.api import paged_attention
+from llm_jax.kernels.paged_attention.reference import read_page, token_rows
 from llm_jax.kernels.paged_attention.types import Pages, Rows, abstract_pages
-from llm_jax.ops.attention import KEY, QUERY
+from llm_jax.ops.attention import KEY, QUERY, attention_mask, attention_weights
 from llm_jax.sharding import COMPUTE, data_shards, on_shards, placed, shard, zeros
 from llm_jax.tree import num_bytes
 
@@ -79,21 +80,36 @@ class PagedContext:
         cache = self.cache
         heads = cache.pools[0].tokens.shape[-1] // q.shape[-1]
         k, v = (repeat_heads(x, heads) for x in (k, v))
-        slots = layer_slots(cache.windows)
-        alike = len(cache.pools) == 1  # then the slot is the layer itself
-        slot = jnp.asarray(layer if alike else jnp.asarray(slots)[layer], jnp.int32)
-        window = jnp.asarray(window, jnp.int32)
         run = functools.partial(_attend, options)
 
         def on(pool):
-            of_rows = (self.rows.tables[pool], *_of_rows(self.rows))
-            args = (cache.pools[pool], slot, window, q, k, v, *of_rows)
-            axes = [(), (), QUERY, KEY, KEY, *[("batch", *[None] * (x.ndim - 1)) for x in of_rows]]
-            out, new = _on_pool(run, axes)(*args)
+            out, new = self._run(run, pool, layer, window, (q, k, v), (QUERY, KEY, KEY))
             pools = tuple(new if i == pool else x for i, x in enumerate(cache.pools))
             return out, dataclasses.replace(self, cache=dataclasses.replace(cache, pools=pools))
 
-        if alike:
+        return self._where(layer, on)
+
+    def attention_maps(self, layer, q, k, keep, *, positions, window, options):
+        """See `TapContext`. Keys are read back from the pages; S is the tokens that a row can have."""
+        run = functools.partial(_maps, options, q.shape[1])
+        given = (jax.vmap(lambda tokens, at: tokens[at])(q, keep), keep)
+        axes = (QUERY, ("batch", None))
+        return self._where(layer, lambda pool: self._run(run, pool, layer, window, given, axes)[0])
+
+    def _run(self, run, pool: int, layer, window, given: tuple, axes: tuple):
+        """`run` on each shard, with a pool, the layer's place in it, and its rows."""
+        windows = self.cache.windows
+        alike = len(self.cache.pools) == 1  # then the slot is the layer itself
+        slot = jnp.asarray(layer if alike else jnp.asarray(layer_slots(windows))[layer], jnp.int32)
+        rows = (self.rows.tables[pool], *_of_rows(self.rows))
+        of_rows = [("batch", *[None] * (x.ndim - 1)) for x in rows]
+        args = (self.cache.pools[pool], slot, jnp.asarray(window, jnp.int32), *given, *rows)
+        return _on_pool(run, [(), (), *axes, *of_rows])(*args)
+
+    def _where(self, layer, on):
+        """on(the number of the layer's pool)."""
+        cache = self.cache
+        if len(cache.pools) == 1:
             return on(0)
         if isinstance(layer, int):
             return on(int(cache.windows[layer] > 0))
@@ -263,3 +279,22 @@ def _attend(options, pool, slot, window, q, k, v, table, starts, counts, lengths
         implementation=None if options.implementation == "auto" else options.implementation,
     )
     return out[None], pool
+
+
+def _maps(options, count, pool, slot, window, q, keep, table, starts, counts, lengths, decodes, rows):
+    """One shard's: attention weights [1, C, N, S] of q [1, C, N, H], the tokens `keep` of `count`."""
+    here = Rows(table[0], starts[0], counts[0], lengths[0], decodes[0], rows[0])
+    row, position = token_rows(here, count)
+    heads = pool.tokens.shape[-1] // q.shape[-1]
+    read = jax.vmap(lambda page: read_page(pool, slot, page, heads)[0])
+
+    def one(given):
+        query, at = given
+        keys = read(here.table[row[at]])  # [M, Z, K, H]
+        keys = keys.reshape(-1, *keys.shape[2:]).swapaxes(0, 1)[None]
+        every = jnp.arange(keys.shape[2])[None]
+        mask = attention_mask(position[at].reshape(1, 1), every, window=window, causal=True)
+        query = query[None, None].astype(jnp.float32)
+        return attention_weights(query, keys, mask, scale=options.scale, softcap=options.softcap)[0, 0]
+
+    return jax.lax.map(one, (q[0], keep[0]))[None], pool

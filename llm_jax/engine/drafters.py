@@ -95,10 +95,11 @@ class ModelDrafter:
                     of[d, i, :OF_MODEL] = *_place(row), wanted, row.start + row.count
         tables = [parts[f"table{pool}"] for pool in range(shape.pools)]
         of[..., OF_MODEL:] = np.concatenate(tables, axis=-1)
-        logits, cache, *_ = self.programs.forward(shape)(params, cache, slots.newest, packed)
+        read = self.programs.forward(shape)(params, cache, slots.newest, packed)
+        cache = read.cache
         if of[..., 2].any():
             draft = self.programs.draft(shape.rows, tier)
-            slots, cache = draft(params, cache, slots, logits, of)
+            slots, cache = draft(params, cache, slots, read.logits, of)
         return slots, (cache,)
 
 

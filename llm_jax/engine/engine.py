@@ -4,11 +4,10 @@
     outputs = engine.generate(["我喜欢编程。", "Once upon a time"], SamplingParams(max_new_tokens=64))
 
 A step, in order: the scheduler plans rows of tokens and says which pages are theirs
-(engine/scheduler.py); the plan is packed into one array and sent with one call to the forward of the
-model, and another chooses a token for each row, on the device (infer/paged_steps.py); while these run
-the next step is planned, whose rows take their newest token from the device; then the chosen tokens are
-fetched, become text (infer/replies.py), and are committed. Nothing is compiled after the beginning
-(engine/programs.py).
+(engine/scheduler.py); the plan is packed, sent and computed, and a token chosen for each row, on the
+device (engine/runner.py); while that runs the next step is planned, whose rows take their newest token
+from the device; then the chosen tokens are fetched, become text (infer/replies.py), and are committed.
+Nothing is compiled after the beginning (engine/programs.py).
 """
 
 import asyncio
@@ -18,93 +17,40 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from llm_jax.cache.paged import free_bytes, init_paged, page_bytes, pool_windows
 from llm_jax.config import EngineConfig
-from llm_jax.engine.adapters import Adapters
 from llm_jax.engine.beams import BeamRules, Candidates, Search, check_beams
-from llm_jax.engine.drafters import HeadDrafter, ModelDrafter
-from llm_jax.engine.drafts import ON_DEVICE, DraftLength, PromptLookup
-from llm_jax.engine.pages import SCRATCH, PoolSpec
+from llm_jax.engine.drafts import DraftLength, PromptLookup
+from llm_jax.engine.live import Delta, Live, LiveRequests
+from llm_jax.engine.pages import PoolSpec
 from llm_jax.engine.plan import Event, Row, SchedulerConfig, StepPlan
-from llm_jax.engine.programs import ALIGNMENT, WRITTEN, Buckets, Programs
 from llm_jax.engine.request import Reason, Request
 from llm_jax.engine.request import Sequence as Running
+from llm_jax.engine.runner import Flight, Runner
 from llm_jax.engine.scheduler import QueueFull, Scheduler
-from llm_jax.engine.structured import Grammar, GrammarState
+from llm_jax.engine.structured import Grammar
+from llm_jax.engine.taps import Recorder, StepTaps
 from llm_jax.engine.trace import TraceWriter
 from llm_jax.infer.beam_options import BeamOptions
 from llm_jax.infer.generate import check_lengths
 from llm_jax.infer.llm import LLM
-from llm_jax.infer.paged_steps import StepShape, init_slots, read_candidates, read_chosen
-from llm_jax.infer.replies import Output, Reply, best_of
-from llm_jax.kernels.choice import kernel_refusal
+from llm_jax.infer.paged_steps import read_candidates, read_chosen
+from llm_jax.infer.replies import Output, best_of
+from llm_jax.kernels.forms import explain
 from llm_jax.models import Params
 from llm_jax.models.draft_head import DraftHeadModel
 from llm_jax.ops.linear import LowRank
-from llm_jax.ops.sampling import (
-    EVERYTHING,
-    GREEDY,
-    TIERS,
-    SamplingFeatures,
-    new_rows,
-    pack_mask,
-    pack_row,
-    tier_of,
-)
+from llm_jax.ops.sampling import EVERYTHING, new_rows, pack_mask, pack_row, tier_of
 from llm_jax.ops.sampling_params import SamplingParams
-from llm_jax.sharding import data_shards
+from llm_jax.ops.taps import Taps
 
 logger = logging.getLogger(__name__)
-
-TAKEN = 4  # batches of pages that may be on their way to the host; they take device memory
-
-
-@dataclasses.dataclass(frozen=True)
-class Delta:
-    """What a step added to one continuation of a request."""
-
-    id: str  # of the request
-    sample: int
-    text: str  # may be empty: half a character, or what may become a stop string
-    token_ids: tuple[int, ...]
-    finish_reason: str | None  # set where it is the continuation's last
-    output: Output  # the continuation, which grows
-
-
-@dataclasses.dataclass
-class _Live:
-    """What the engine knows of a request besides the scheduler."""
-
-    params: SamplingParams
-    tier: SamplingFeatures
-    stop_ids: tuple[int, ...]
-    stream: int  # names the random stream of a request without a seed
-    shard: int
-    replies: list[Reply]
-    on_text: Callable[[Delta], None] | None
-    left: int  # continuations that have not ended
-    mask: np.ndarray | None  # [W] uint32, the tokens that may ever come
-    grammars: list[GrammarState]  # of each continuation, if they are to have a form
-    drafts: list[PromptLookup | DraftLength]  # likewise, if drafts are made
-    search: Search | None  # its sequences are beams then, and its continuations what that finds
-
-
-@dataclasses.dataclass
-class _Flight:
-    """A step that runs: its plans, by shard, and the tokens it will have chosen."""
-
-    plans: list[StepPlan | None]
-    starts: np.ndarray  # [D, R], where its rows' tokens are
-    chosen: jax.Array  # [D, R, P, C]
-    candidates: jax.Array | None  # [D, R, 3, C], of rows that are beams
-    scores: jax.Array | None  # [D, T, C]
 
 
 class Engine:
@@ -126,63 +72,32 @@ class Engine:
         clock: in seconds.
         """
         self.llm, self.config = llm, config or EngineConfig()
-        model, mesh = llm.model, llm.mesh
+        model = llm.model
         self.max_length = self.config.max_length or model.config.max_positions
         if self.max_length > model.config.max_positions:
             raise ValueError(
                 f"max_length={self.max_length}: expected at most max_positions="
                 f"{model.config.max_positions} of this model"
             )
-        self._clock, self._shards = clock, data_shards(mesh)
-        kind, by = mesh.devices.flat[0].device_kind, model.config.attention
-        kernel = by != "xla" and not kernel_refusal(kind, model.config.head_dim)
-        self._alignment = ALIGNMENT if kernel else 1
-        windows = pool_windows(model.config)
-        self.adapters = Adapters(llm, self.config)  # before pages take the rest of the memory
-        self._drafter = self._drafter_of(drafter)
-        pages = self.config.pages or self._pages_that_fit(windows)
-        if len(pages) != len(windows):
-            raise ValueError(f"pages={pages}: expected one number for each pool of windows {windows}")
+        self._clock, self._live = clock, LiveRequests()
+        self.runner = Runner(llm, self.config, drafter, self.max_length, self._live)
         settings = SchedulerConfig(
             max_rows=self.config.max_rows,
             token_budget=self.config.token_budget,
             page_size=self.config.page_size,
-            pools=tuple(PoolSpec(n, w) for n, w in zip(pages, windows, strict=True)),
+            pools=tuple(map(PoolSpec, self.runner.pages, self.runner.windows)),
             max_length=self.max_length,
             max_queue=self.config.max_queue,
             prefix_cache=self.config.prefix_cache,
-            alignment=self._alignment,
+            alignment=self.runner.alignment,
             preemption=self.config.preemption,
             host_pages=self.config.host_pages,
             prefix_host_pages=self.config.prefix_host_pages,
             aging_s=self.config.aging_s,
         )
-        self.schedulers = [self._scheduler(settings, d) for d in range(self._shards)]
-        with jax.set_mesh(mesh):
-            dtype = self.config.cache_dtype or None
-            self._caches = (init_paged(model.config, pages, self.config.page_size, mesh, dtype),)
-            self._drafts = self.config.draft_tokens if self.config.speculation != "off" else 0
-            on_device = self._drafts if self._drafter else 0
-            hidden = self._drafter is not None and self._drafter.reads_hidden
-            self._slots = init_slots(self.config.max_rows, model.config, mesh, on_device, hidden)
-            if self._drafter:
-                self._caches += self._drafter.init_caches(pages)
-        per_row = -(-self.max_length // self.config.page_size)
-        sizes = (per_row, len(windows), self._alignment, self._drafts, hidden)
-        buckets = Buckets.of(self.config, *sizes)
-        states = (self._caches, self._slots, self.adapters.params)
-        self.programs = Programs(llm, self.config, buckets, *states)
-        compiled = [self.programs]
-        if self._drafter:
-            self._drafter.prepare(buckets, self._caches[1:], self._slots)
-            compiled.append(self._drafter.programs)
-        self._host: dict[tuple[int, int, int], list[np.ndarray]] = {}  # by shard, pool, host page
-        self._taken: collections.deque[tuple[int, np.ndarray, Any]] = collections.deque()
-        if self.config.compile_ahead:
-            for programs in compiled:
-                programs.compile_all()
-        self._live: dict[str, _Live] = {}
-        self._flights: collections.deque[_Flight] = collections.deque()
+        self.schedulers = [self._scheduler(settings, d) for d in range(self.runner.shards)]
+        self.runner.allocate()
+        self._flights: collections.deque[Flight] = collections.deque()
         self._numbers, self._lock = itertools.count(), threading.RLock()
         self._driver: asyncio.Task | None = None
         self.busy_s = self.scheduling_s = 0.0  # seconds in steps, and of these in the schedulers
@@ -200,6 +115,7 @@ class Engine:
         deadline_s: float | None = None,
         adapter: str | None = None,
         beams: BeamOptions | None = None,
+        taps: Taps | None = None,
         on_text: Callable[[Delta], None] | None = None,
     ) -> str:
         """Queue a request; returns its id.
@@ -207,6 +123,7 @@ class Engine:
         prompt: as `LLM.generate` takes them. priority: higher is sooner. deadline_s: seconds from now.
         adapter: the name of one that `load_adapter` was given; None is the model as it is.
         beams: search, with so many rows; all deltas come at its end, one for each of num_return.
+        taps: what to record of this request, which comes as `Output.taps`, and what to change in it.
         on_text: called with every `Delta`; if it raises, the request ends with the reason "error".
         Raises ValueError for what can never be served, naming the field, and QueueFull.
         """
@@ -221,6 +138,10 @@ class Engine:
             asked, rows = dataclasses.replace(params, n=beams.num_return, logprobs=None), beams.num_beams
             search = Search(BeamRules(beams, params.max_new_tokens, stop_ids))
         self._check(params, stop_ids)
+        if taps is not None and beams is not None:
+            raise ValueError("taps with beams: what beams compute is shared and given up; ask for one")
+        if taps is not None:
+            self._check_taps(taps, len(ids) + params.max_new_tokens - 1)
         grammar = None
         if params.structured is not None:
             if self.llm.tokenizer is None:
@@ -228,7 +149,7 @@ class Engine:
             grammar = Grammar.compile(params.structured, self.llm.tokenizer, stop_ids or None)
         replies = self.llm.replies(prompt, ids, asked)
         with self._lock:
-            self.adapters.check(adapter)
+            self.runner.adapters.check(adapter)
             number = next(self._numbers)
             name = str(number) if id is None else id
             scheduler = min(self.schedulers, key=lambda s: (s.load().waiting_tokens, s.load().running))
@@ -242,13 +163,14 @@ class Engine:
                 None if deadline_s is None else now + deadline_s,
                 adapter,
                 params=params,
-                reuse_prefix=params.prompt_logprobs is None,
+                # What is recorded has to be computed; what is patched is of no use to others.
+                reuse_prefix=params.prompt_logprobs is None and taps is None,
                 search=beams is not None,
             )
             if name in self._live:
                 raise ValueError(f"id={name!r} is in use; give every request its own")
             scheduler.add(request)
-            self._live[name] = _Live(
+            self._live[name] = Live(
                 params,
                 tier_of([asked]),
                 stop_ids,
@@ -259,8 +181,10 @@ class Engine:
                 len(replies),
                 pack_mask(params, self.llm.model.config.vocab_size) if params.masked else None,
                 [grammar.start() for _ in replies if grammar],
-                [self._draft_of(params) for _ in replies if self._drafts],
+                [self._draft_of(params) for _ in replies if self.runner.drafts],
                 search,
+                taps,
+                [Recorder(taps, self.llm.model.config) for _ in replies if taps and taps.record],
             )
         return name
 
@@ -275,22 +199,28 @@ class Engine:
 
         Nothing is compiled, and requests go on. ValueError naming it where it cannot be served.
         """
-        change = self.adapters.pack(name, source)
+        change = self.runner.adapters.pack(name, source)
         with self._lock:
-            self.adapters.load(name, change)
+            self.runner.adapters.load(name, change)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter. ValueError where there is none of that name, or requests of it are left."""
         with self._lock:
-            self.adapters.check(name)
+            self.runner.adapters.check(name)
             known = [x for s in self.schedulers for x in (*s.running, *s.waiting)]
             if left := {x.request.id for x in known if x.request.adapter == name}:
                 raise ValueError(
                     f"adapter {name!r} is used by requests {sorted(left)}: cancel them or wait for them"
                 )
-            self.adapters.unload(name)
+            self.runner.adapters.unload(name)
             for scheduler in self.schedulers:
                 scheduler.prefix.forget(name)
+
+    def explain(self) -> list[str]:
+        """Lines of text: the form of every operator at the shapes traced in this process so far, why it
+        was chosen, and what its alternatives took where that was measured (see `kernels.forms`).
+        """
+        return explain()
 
     @property
     def idle(self) -> bool:
@@ -300,7 +230,7 @@ class Engine:
     @property
     def misses(self) -> int:
         """Programs that had to be compiled after the beginning; 0 with `compile_ahead`."""
-        return self.programs.misses + (self._drafter.programs.misses if self._drafter else 0)
+        return self.runner.misses
 
     # Steps.
 
@@ -326,15 +256,16 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | Sequence[str | None] | None = None,
+        taps: Taps | Sequence[Taps | None] | None = None,
         on_text: Callable[[Delta], None] | None = None,
     ) -> list[Output]:
         """Continuations of all prompts, in order; n for each. See `LLM.generate`.
 
-        adapter: of all of them, or of each; see `add`.
+        adapter, taps: of all of them, or of each; see `add`.
         """
         each = self._one_each(prompts, sampling, self._default_params())
         asked = each if on_text is not None else [params.candidates() for params in each]
-        drawn = zip(self._serve(prompts, asked, adapter, on_text=on_text), each, strict=True)
+        drawn = zip(self._serve(prompts, asked, adapter, taps, on_text=on_text), each, strict=True)
         return [output for found, params in drawn for output in best_of(found, params)]
 
     def beam_search(
@@ -385,20 +316,24 @@ class Engine:
         prompts: Sequence[Any],
         each: list[SamplingParams],
         adapter: str | Sequence[str | None] | None,
+        taps: Taps | Sequence[Taps | None] | None = None,
         **options: Any,
     ) -> list[list[Output]]:
         """Add all prompts, as fast as the queue takes them, and run steps until they have ended."""
         adapters = [adapter] * len(prompts) if isinstance(adapter, str | None) else list(adapter)
         if len(adapters) != len(prompts):
             raise ValueError(f"adapter has {len(adapters)} entries for {len(prompts)} prompts")
-        work = collections.deque(zip(prompts, each, adapters, strict=True))
+        asked = [taps] * len(prompts) if isinstance(taps, Taps | None) else list(taps)
+        if len(asked) != len(prompts):
+            raise ValueError(f"taps has {len(asked)} entries for {len(prompts)} prompts")
+        work = collections.deque(zip(prompts, each, adapters, asked, strict=True))
         outputs: dict[str, list[Output]] = {}
         try:
             while work or any(name in self._live for name in outputs):
                 try:
                     while work:
-                        prompt, params, its = work[0]
-                        name = self.add(prompt, params, adapter=its, **options)
+                        prompt, params, its, seen = work[0]
+                        name = self.add(prompt, params, adapter=its, taps=seen, **options)
                         outputs[name] = [reply.output for reply in self._live[name].replies]
                         work.popleft()
                 except QueueFull:
@@ -454,116 +389,25 @@ class Engine:
     def _may_run_ahead(self) -> bool:
         """Whether a step can be planned without the tokens of the one before."""
         waits = any(live.grammars or live.search for live in self._live.values())
-        return self.config.overlap and not self._drafts and not waits
+        return self.config.overlap and not self.runner.drafts and not waits
 
     # The device's side.
 
     def _dispatch(self) -> bool:
         """Plan a step and start it; False where there is nothing to do before one lands."""
         self._propose()
-        self.adapters.places.begin(x for scheduler in self.schedulers for x in scheduler.running)
+        self.runner.adapters.places.begin(x for scheduler in self.schedulers for x in scheduler.running)
         start = time.perf_counter()
         plans = [scheduler.plan() for scheduler in self.schedulers]
         self.scheduling_s += time.perf_counter() - start
         if not any(plans):
             return False
-        self._move_pages(plans)
-        self.adapters.write()
-        rows = [plan.rows if plan else [] for plan in plans]
-        self._upload(
-            [(d, row) for d, of_shard in enumerate(rows) for row in of_shard if self._is_new(row)]
-        )
-        costs = [sum(self._up(row.count) for row in plan.chunks) if plan else 0 for plan in plans]
-        scored = any(self._is_scored(row) for of_shard in rows for row in of_shard)
-        most = (max(map(len, rows)), max(*costs, int(scored)))
-        shape = self.programs.buckets.shape(*most, scored)
-        packed, parts = shape.empty(self._shards)
-        places = shape.samples // shape.rows
-        of = np.zeros((self._shards, shape.rows, 2 + places), np.int32)
-        of[:, :, 0] = self.config.max_rows
-        tier = TIERS[0]
-        for d, plan in enumerate(plans):
-            if plan is not None:
-                tiers = self._pack(plan, d, parts, of)
-                tier = max([tier, *tiers], key=TIERS.index)
-        if self._drafter:
-            given = (plans, self._slots, self._caches[1:], tier, self._pack)
-            self._slots, caches = self._drafter.draft(*given)
-            self._caches = (self._caches[0], *caches)
-        forward, (cache, *others) = self.programs.forward(shape), self._caches
-        results = forward(self.adapters.params, cache, self._slots.newest, packed)
-        logits, cache, hidden, scores = results
-        self._caches = (cache, *others)
-        candidates = self._candidates(rows, shape, logits)
-        chosen = self._choose(rows, tier, logits, hidden, of)
-        for array in jax.tree.leaves((chosen, scores, candidates)):
-            array.copy_to_host_async()
-        self._flights.append(_Flight(plans, parts["starts"], chosen, candidates, scores))
+        self._flights.append(self.runner.run(plans))
         return True
-
-    def _is_new(self, row: Row) -> bool:
-        """Whether a row's slot must be told how it samples; of beams with penalties, what they hold."""
-        live = self._live[row.sequence.request.id]
-        return row.first or (live.search is not None and live.params.penalized)
-
-    def _candidates(
-        self, rows: list[list[Row]], shape: StepShape, logits: jax.Array
-    ) -> jax.Array | None:
-        """How the step's beams may go on, [D, R, 3, C]; None where it has no beam."""
-        of, tier = np.zeros((self._shards, 2, shape.rows), np.int32), None
-        of[:, 0] = self.config.max_rows
-        for d, of_shard in enumerate(rows):
-            for i, row in enumerate(of_shard):
-                live = self._live[row.sequence.request.id]
-                if live.search is not None and row.samples:
-                    of[d, :, i] = row.sequence.slot, len(row.sequence.generated)
-                    tier = max(tier or GREEDY, live.tier, key=TIERS.index)
-        return None if tier is None else self.programs.candidates(shape, tier)(logits, self._slots, of)
-
-    def _choose(
-        self, rows: list[list[Row]], tier: SamplingFeatures, logits, hidden, of: np.ndarray
-    ) -> jax.Array:
-        """The step's tokens, [D, S, C], or [D, R, P, C] where it may hold drafts."""
-        given = () if hidden is None else (hidden,)
-        places = of.shape[2] - 2
-        if places > 1:
-            words = -(-self.llm.model.config.vocab_size // 32)
-            masks = np.full((*of.shape[:2], places, words), 0xFFFFFFFF, np.uint32)
-            for d, i, live, row in self._masked(rows):
-                if live.mask is not None:
-                    masks[d, i] = live.mask
-                if live.grammars:
-                    allowed = np.zeros_like(masks[d, i])
-                    draft = of[d, i, 3 : 3 + row.drafted].tolist()
-                    live.grammars[row.sequence.sample].fill_draft(allowed, draft)
-                    masks[d, i] &= allowed
-            verify = self.programs.verify(of.shape[1], tier)
-            chosen, self._slots = verify(logits, self._slots, of, masks, *given)
-            return chosen
-        forms = [each for each in self._masked(rows) if each[2].grammars]
-        for first in range(0, len(forms), WRITTEN):
-            masks = np.zeros((WRITTEN, -(-self.llm.model.config.vocab_size // 32)), np.uint32)
-            shards, at = np.zeros(WRITTEN, np.int32), np.full(WRITTEN, self.config.max_rows, np.int32)
-            for n, (d, _, live, row) in enumerate(forms[first : first + WRITTEN]):
-                live.grammars[row.sequence.sample].fill(masks[n])
-                masks[n] &= live.mask
-                shards[n], at[n] = d, row.sequence.slot
-            self._slots = self.programs.write_masks(self._slots, shards, at, masks)
-        choose = self.programs.choose(of.shape[1], tier)
-        chosen, self._slots = choose(logits, self._slots, of[:, :, :2].swapaxes(1, 2).copy(), *given)
-        return chosen
-
-    def _masked(self, rows: list[list[Row]]) -> Iterator[tuple[int, int, _Live, Row]]:
-        """(shard, row's index, request, row) of the rows that sample among some tokens only."""
-        for d, of_shard in enumerate(rows):
-            for i, row in enumerate(of_shard):
-                live = self._live[row.sequence.request.id] if row.samples else None
-                if live is not None and live.mask is not None:
-                    yield d, i, live, row
 
     def _propose(self) -> None:
         """Give running sequences drafts of what may come next."""
-        if not self._drafts:
+        if not self.runner.drafts:
             return
         for sequence in itertools.chain(*(scheduler.running for scheduler in self.schedulers)):
             live = self._live[sequence.request.id]
@@ -572,7 +416,9 @@ class Engine:
             left = sequence.request.max_new_tokens - len(sequence.generated) - 1
             ready = sequence.pending == 0 and sequence.computed == sequence.length - 1 and left > 0
             if ready:
-                draft = live.drafts[sequence.sample].propose(sequence.tokens, min(left, self._drafts))
+                draft = live.drafts[sequence.sample].propose(
+                    sequence.tokens, min(left, self.runner.drafts)
+                )
                 if draft and live.grammars:
                     words = -(-self.llm.model.config.vocab_size // 32)
                     scratch = np.zeros((len(draft) + 1, words), np.uint32)
@@ -581,135 +427,11 @@ class Engine:
 
     def _draft_of(self, params: SamplingParams) -> PromptLookup | DraftLength:
         """What drafts for one continuation: of texts of a form the host must know it."""
-        if self._drafter is None or params.structured is not None:
-            return PromptLookup(self._drafts)
-        return DraftLength(self._drafts, self._drafter.cost)
+        if self.runner.drafter is None or params.structured is not None:
+            return PromptLookup(self.runner.drafts)
+        return DraftLength(self.runner.drafts, self.runner.drafter.cost)
 
-    def _is_scored(self, row: Row) -> bool:
-        """Whether log probabilities of the row's tokens are wanted."""
-        request = row.sequence.request
-        wanted = self._live[request.id].params.prompt_logprobs is not None
-        return wanted and row.sequence.sample == 0 and row.start < len(request.prompt) - 1
-
-    def _up(self, tokens: int) -> int:
-        return -(-tokens // self._alignment) * self._alignment
-
-    def _pack(self, plan: StepPlan, d: int, parts: dict[str, np.ndarray], of: np.ndarray) -> list:
-        """Write a shard's rows into the arrays of a step; returns the tiers that they need."""
-        at, tiers, places = 0, [], of.shape[2] - 2
-        for i, row in enumerate(plan.rows):
-            sequence, prompt = row.sequence, row.sequence.request.prompt
-            if i >= len(plan.decodes):
-                at = self._up(at)
-            end, drafted = at + row.count, row.drafted
-            known = sequence.tokens[row.start : row.start + row.count] + sequence.draft[:drafted]
-            first = -1 - sequence.slot * self._slots.newest.shape[-1]
-            parts["tokens"][d, at:end] = first
-            parts["tokens"][d, at : at + len(known)] = known
-            if drafted and known[-1] == ON_DEVICE:
-                parts["tokens"][d, end - drafted : end] = first - 1 - np.arange(drafted)
-            parts["starts"][d, i], parts["counts"][d, i] = at, row.count
-            parts["lengths"][d, i] = row.start + row.count
-            place = np.minimum(np.arange(places), drafted) + end - 1 - drafted
-            parts["at"][d, i * places : (i + 1) * places] = place
-            for pool, pages in enumerate(sequence.pages):
-                parts[f"table{pool}"][d, i, : len(pages)] = pages
-            if "adapters" in parts:
-                parts["adapters"][d, i] = self.adapters.place(sequence.request.adapter)
-            if "targets" in parts:
-                after = prompt[row.start + 1 : row.start + row.count + 1]
-                parts["targets"][d, at : at + len(after)] = after
-            if row.samples and not sequence.request.search:
-                made = row.start + row.count - drafted - len(prompt)
-                of[d, i, :2] = sequence.slot, made
-                if drafted:
-                    of[d, i, 2], of[d, i, 3 : 3 + drafted] = drafted, known[-drafted:]
-                tiers.append(self._live[sequence.request.id].tier)
-            at = end
-        for name in parts:
-            if name.startswith("table"):
-                np.maximum(parts[name][d], 0, out=parts[name][d])  # -1: slid out of the window
-        parts["decodes"][d], parts["rows"][d] = len(plan.decodes), len(plan.rows)
-        return tiers
-
-    def _move_pages(self, plans: list[StepPlan | None]) -> None:
-        """Copies between pages, to the host and back, as the plans want them before their rows."""
-        self._land_pages()
-        for pool in range(len(self._caches[0].pools)):
-            of_pool = lambda name, pool=pool: [  # noqa: E731
-                [pair for p, *pair in getattr(plan, name) if p == pool] if plan else [] for plan in plans
-            ]
-            for pairs in _batches(of_pool("offloads")):
-                content = self.programs.take_pages(pool)(self._caches, pairs[..., 0].copy())
-                for array in jax.tree.leaves(content):
-                    array.copy_to_host_async()
-                self._taken.append((pool, pairs[..., 1], content))
-                self._land_pages(TAKEN)
-            for pairs in _batches(of_pool("copies"), SCRATCH):
-                copy = self.programs.copy_pages(pool)
-                self._caches = copy(self._caches, pairs[..., 0].copy(), pairs[..., 1].copy())
-            for pairs in _batches(of_pool("restores")):
-                self._land_pages()
-                content = self._kept(pool, pairs[..., 1])
-                self._caches = self.programs.put_pages(pool)(self._caches, pairs[..., 0].copy(), content)
-
-    def _land_pages(self, left: int = 0) -> None:
-        """Wait for pages on their way to the host, but for the `left` newest batches.
-
-        A plan's arrive while its step runs; so the next step is still planned beside it.
-        """
-        while len(self._taken) > left:
-            pool, hosts, content = self._taken.popleft()
-            self._keep(pool, hosts, jax.tree.map(np.asarray, content))
-
-    def _keep(self, pool: int, hosts: np.ndarray, content: Any) -> None:
-        """Pages of a pool, [L, D n, ...], in host memory as `hosts` [D, n]; -1 is none."""
-        for i, (d, n) in enumerate(np.ndindex(hosts.shape)):
-            if hosts[d, n] >= 0:
-                self._host[d, pool, int(hosts[d, n])] = [
-                    x[:, i].copy() for x in jax.tree.leaves(content)
-                ]
-
-    def _kept(self, pool: int, hosts: np.ndarray) -> Any:
-        """What `_keep` was given."""
-        places = [(d, pool, int(hosts[d, n])) for d, n in np.ndindex(hosts.shape)]
-        none = next(self._host[place] for place in places if place in self._host)
-        pages = [self._host.get(place, none) for place in places]
-        arrays = [np.stack(parts, axis=1) for parts in zip(*pages, strict=True)]
-        pools = tuple(cache.pools[pool] for cache in self._caches)
-        return jax.tree.unflatten(jax.tree.structure(pools), arrays)
-
-    def _upload(self, fresh: list[tuple[int, Row]]) -> None:
-        """Tell the device how new sequences sample."""
-        vocab = self.llm.model.config.vocab_size
-        for first in range(0, len(fresh), WRITTEN):
-            part = fresh[first : first + WRITTEN]
-            table = new_rows(WRITTEN, vocab, EVERYTHING, history=False)
-            shards, at = np.zeros(WRITTEN, np.int32), np.full(WRITTEN, self.config.max_rows, np.int32)
-            for i, (d, row) in enumerate(part):
-                live = self._live[row.sequence.request.id]
-                shards[i], at[i] = d, row.sequence.slot
-                pack_row(
-                    table,
-                    i,
-                    live.params,
-                    vocab_size=vocab,
-                    sample_index=row.sequence.sample,
-                    stop_ids=live.stop_ids,
-                    default_seed=self.config.seed,
-                    stream=live.stream * self.config.max_rows + row.sequence.sample,
-                )
-            self._slots = self.programs.write_slots(self._slots, shards, at, table)
-        for d, row in fresh:
-            sequence = row.sequence
-            if self._live[sequence.request.id].params.penalized:
-                tokens = np.full(self.programs.longest, vocab, np.int32)
-                tokens[: len(sequence.tokens)] = sequence.tokens
-                numbers = (np.int32(d), np.int32(sequence.slot))
-                prompt = np.int32(len(sequence.request.prompt))
-                self._slots = self.programs.write_history(self._slots, *numbers, tokens, prompt)
-
-    def _land(self, flight: _Flight) -> list[Delta]:
+    def _land(self, flight: Flight) -> list[Delta]:
         """Wait for a step's tokens and take them in."""
         chosen = np.asarray(flight.chosen)
         if chosen.ndim == 3:
@@ -725,15 +447,17 @@ class Engine:
             for i, row in enumerate(plan.rows):
                 if row.sequence.finished is not None:
                     continue
-                if scores is not None and self._is_scored(row):
+                if scores is not None and self._live.of(row).is_scored(row):
                     at = flight.starts[d, i]
                     self._score(row, [x[d, at : at + row.count] for x in scores])
-                search = self._live[row.sequence.request.id].search
+                search = self._live.of(row).search
                 if row.samples and search is not None:
                     search.take(row.sequence, Candidates(*(x[d, i] for x in beams)))
                 elif row.samples:
                     tokens[i], texts[row.sequence], ended = self._reply(row, [x[d, i] for x in found])
                     stopped |= {i} if ended else set()
+                if flight.taps is not None:
+                    self._record(flight.taps, d, i, row, len(tokens.get(i, ())))
             start = time.perf_counter()
             events = self.schedulers[d].commit(plan, tokens, stopped)
             self.scheduling_s += time.perf_counter() - start
@@ -768,9 +492,23 @@ class Engine:
             self.accepted_tokens += accepted
         return tokens, text, reply.stopped
 
+    def _record(self, taps: StepTaps, d: int, i: int, row: Row, made: int) -> None:
+        """Note what was recorded of a row that made so many tokens, but for drafts that did not stay."""
+        live = self._live.of(row)
+        if not live.recorders:
+            return
+        count = row.count - (1 + row.drafted - made if row.samples else 0)
+        recorder = live.recorders[row.sequence.sample]
+        found = taps.of_row(d, i, count, recorder.layers)
+        recorder.add(row.start, count, found)
+        in_prompt = min(count, len(row.sequence.request.prompt) - row.start)
+        if row.sequence.sample == 0 and in_prompt > 0:  # the others begin after it
+            for other in live.recorders[1:]:
+                other.add(row.start, in_prompt, found)
+
     def _score(self, row: Row, scores: list[np.ndarray]) -> None:
         """Note the log probabilities of the prompt's tokens after each of a row's."""
-        live, prompt = self._live[row.sequence.request.id], row.sequence.request.prompt
+        live, prompt = self._live.of(row), row.sequence.request.prompt
         count = min(row.count, len(prompt) - 1 - row.start)
         for reply in live.replies:  # of a prompt that is computed again a part is known
             known = len(reply.output.prompt_logprobs or ()) - 1 - row.start
@@ -797,6 +535,7 @@ class Engine:
         if event.reason is not None:
             text += "" if event.reason in (Reason.STOP, Reason.LENGTH) else reply.end()
             reply.output.finish_reason = str(event.reason)
+            reply.output.taps = live.recorders[sample].whole() if live.recorders else None
             live.left -= 1
         reason = None if event.reason is None else str(event.reason)
         delta = Delta(name, sample, text, tuple(event.tokens), reason, reply.output)
@@ -805,7 +544,7 @@ class Engine:
         self._tell(live, delta)
         return delta
 
-    def _found(self, name: str, live: _Live, reason: Reason) -> list[Delta]:
+    def _found(self, name: str, live: Live, reason: Reason) -> list[Delta]:
         """What a search that ends now has found; outputs beyond that stay empty, without a score."""
         assert live.search is not None
         del self._live[name]
@@ -824,7 +563,7 @@ class Engine:
             self._tell(live, deltas[-1])
         return deltas
 
-    def _tell(self, live: _Live, delta: Delta) -> None:
+    def _tell(self, live: Live, delta: Delta) -> None:
         """Call a request's own callback."""
         if live.on_text is not None:
             try:
@@ -842,22 +581,8 @@ class Engine:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("w", encoding="utf-8", buffering=1)  # whole lines, whatever happens
             return TraceWriter(settings, self._clock, file)
-        may_begin = self.adapters.places.may_begin if self.config.adapters else None
+        may_begin = self.runner.adapters.places.may_begin if self.config.adapters else None
         return Scheduler(settings, self._clock, may_begin)
-
-    def _drafter_of(self, drafter: Any) -> ModelDrafter | HeadDrafter | None:
-        """What drafts on the device. ValueError where it is not what the config says."""
-        kinds = {"draft_model": LLM, "draft_head": tuple}
-        wanted = kinds.get(self.config.speculation, type(None))
-        if not isinstance(drafter, wanted):
-            raise ValueError(
-                f"speculation={self.config.speculation!r} with drafter={drafter}: 'draft_model' takes "
-                "an LLM, 'draft_head' what load_draft_head gives, as Engine(..., drafter=...); nothing "
-                "else takes one"
-            )
-        if isinstance(drafter, LLM):
-            return ModelDrafter(drafter, self.llm, self.config, self.max_length)
-        return None if drafter is None else HeadDrafter(*drafter, self.llm, self.config)
 
     def _check(self, params: SamplingParams, stop_ids: tuple[int, ...]) -> None:
         """Refuse by name what the steps cannot do."""
@@ -885,37 +610,11 @@ class Engine:
             stream=0,
         )
 
-    def _pages_that_fit(self, windows: tuple[int, ...]) -> tuple[int, ...]:
-        """Pages of each pool: what all rows can use, twice with a prefix cache, or less where memory is
-        short.
-        """
-        config, size = self.config, self.config.page_size
-        useful = []
-        for window in windows:
-            tokens = min(self.max_length, window + config.token_budget) if window else self.max_length
-            useful.append(config.max_rows * (-(-tokens // size) + 1) * (2 if config.prefix_cache else 1))
-        mesh = self.llm.mesh
-        each = page_bytes(self.llm.model.config, size, mesh, config.cache_dtype or None)
-        if self._drafter:
-            each = tuple(map(sum, zip(each, self._drafter.page_bytes(), strict=True)))
-        free = min(free_bytes(device) for device in mesh.local_devices)
-        wanted = sum(n * b for n, b in zip(useful, each, strict=True))
-        fits = min(1.0, free * config.memory_share / wanted)
-        pages = tuple(int(n * fits) for n in useful)
-        if min(pages) < -(-self.max_length // size) + 2 and fits < 1:
+    def _check_taps(self, taps: Taps, tokens: int) -> None:
+        """Refuse by name what cannot be recorded or patched in a text of so many inputs."""
+        if self.config.strict_numerics:
             raise ValueError(
-                f"{free / 2**30:.1f} GiB of memory are free, {wanted / 2**30:.1f} GiB serve max_rows="
-                f"{config.max_rows} of max_length={self.max_length}: lower one, or take an 8-bit "
-                "cache_dtype"
+                "taps with strict_numerics=True: a step with taps is another program, which may round "
+                "otherwise for all its requests; take an engine without strict_numerics"
             )
-        return pages
-
-
-def _batches(pairs: list[list], fill: int = -1) -> Iterator[np.ndarray]:
-    """Pairs of pages of each shard as [D, n, 2] arrays of one size, the rest (0, fill)."""
-    for first in range(0, max(map(len, pairs)), WRITTEN):
-        batch = np.full((len(pairs), WRITTEN, 2), (SCRATCH, fill), np.int32)
-        for d, of_shard in enumerate(pairs):
-            part = of_shard[first : first + WRITTEN]
-            batch[d, : len(part)] = np.array(part, np.int32).reshape(-1, 2)
-        yield batch
+        taps.check(self.llm.model.config, tokens)

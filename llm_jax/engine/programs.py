@@ -101,6 +101,10 @@ class Buckets:
         samples, kind = count * (self.drafts + 1), (scored, self.adapters, self.hidden)
         return StepShape(_up(tokens, ALIGNMENT), count, samples, self.pages, self.pools, *kind)
 
+    def largest(self, chunks: bool, scored: bool = False) -> StepShape:
+        """The one with most room, with or without chunks."""
+        return self.shape(self.rows[-1], self.room(self.mixed[-1])[-1] if chunks else 0, scored)
+
     def shapes(self, scored: bool) -> Iterator[StepShape]:
         """All of them."""
         for rows in self.rows:
@@ -228,6 +232,12 @@ class Programs(Compiled):
     def longest(self) -> int:
         """Tokens that `write_history` takes."""
         return self.buckets.pages * self._like[1][0].page_size
+
+    def trace(self, shape: StepShape) -> None:
+        """Trace the forward alone: after it `kernels.forms.chosen` knows what operators it has."""
+        forward, args = self._build(("forward", shape))
+        with jax.set_mesh(self.mesh):
+            jax.eval_shape(forward, *args)
 
     def _work(self) -> list[Any]:
         shapes = list(self.buckets.shapes(self._config.prompt_logprobs))

@@ -10,6 +10,7 @@ is one array, `packed` [D, X] int32, because each transfer has its price: `StepS
 to fill in by name, with rows that do nothing.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -24,6 +25,7 @@ from jax.sharding import Mesh
 from llm_jax.cache.paged import PagedCache, StepRows
 from llm_jax.config import ModelConfig
 from llm_jax.infer.steps import score_tokens
+from llm_jax.kernels.forms import by_rule
 from llm_jax.kernels.paged_attention.reference import token_rows
 from llm_jax.kernels.paged_attention.types import Rows
 from llm_jax.models import Model
@@ -40,6 +42,7 @@ from llm_jax.ops.sampling import (
     write_history,
 )
 from llm_jax.ops.speculation import speculative_accept
+from llm_jax.ops.tap_context import Record, TapContext, TapInputs
 from llm_jax.sharding import batch_sharding, data_shards, shard
 
 
@@ -90,20 +93,36 @@ class StepShape:
         return parts
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """What a step's forward gives."""
+
+    logits: jax.Array  # [D, S, V]
+    cache: PagedCache
+    hidden: jax.Array | None  # [D, S, E], what they come from; of a shape with `hidden`
+    scores: jax.Array | None  # [D, T, C], what `token_logprobs` says of the targets of a `scored` shape
+    recorded: dict[str, jax.Array] | None = None  # at the points of `record`
+
+
 @functools.lru_cache(maxsize=256)
-def make_paged_forward(model: Model, shape: StepShape, strict: bool = False) -> Callable:
-    """f(params, cache, newest [D, slots, P], packed [D, X] int32) -> (logits [D, S, V], cache, hidden,
-    scores): of a shape with `hidden` [D, S, E], of a `scored` one what `token_logprobs` says of the
-    targets, as [D, T, C] like `make_paged_sample`; else None.
+def make_paged_forward(
+    model: Model, shape: StepShape, strict: bool = False, record: Record | None = None
+) -> Callable:
+    """f(params, cache, newest [D, slots, P], packed [D, X] int32) -> `Computed`.
 
     cache: a `PagedCache`, donated. newest: see `Slots`; the host may not know them yet.
     strict: one token after the other, each by the same code, so that no bit of a result depends on what
     else is in the step or on how a text was cut into steps. Of a shape with `adapters` params hold an
-    `AdapterBank`.
+    `AdapterBank`. record: then f takes `TapInputs` too; not with `strict`.
     """
 
     @functools.partial(jax.jit, donate_argnames="cache")
-    def forward(params, cache, newest, packed):
+    def forward(params, cache, newest, packed, given=None):
+        with by_rule() if strict else contextlib.nullcontext():  # one code for all shapes
+            return step(params, cache, newest, packed, given)
+
+    def step(params, cache, newest, packed, given):
         net, parts = model.bind(params), shape.parts(packed)
         tokens = parts["tokens"]
         known = newest.reshape(len(newest), -1)
@@ -112,17 +131,20 @@ def make_paged_forward(model: Model, shape: StepShape, strict: bool = False) -> 
         tables = tuple(parts[f"table{i}"] for i in range(shape.pools))
         rows = StepRows(tables, *(parts[name] for name in _OF_ROWS))
         run = _one_by_one if strict else _together
+        if record is not None:
+            run = functools.partial(_tapped, model.config, record, given)
         adapters = _of_tokens(parts["adapters"], rows, tokens.shape[1]) if shape.adapters else None
         bind = functools.partial(_bind, model, params, strict)
-        hidden, cache = run(bind, cache, tokens, rows, adapters)
+        hidden, cache, *recorded = run(bind, cache, tokens, rows, adapters)
         chosen = jnp.take_along_axis(hidden, parts["at"][..., None], axis=1)
         unembed = functools.partial(_unembed, net, strict)
         results = unembed(chosen), cache.constrained(), chosen if shape.hidden else None
         if not shape.scored:
-            return *results, None
+            return Computed(*results, None, *recorded)
         targets = parts["targets"]
         say = _score_alone if strict else score_tokens
-        return *results, _chosen_bits(targets, *say(unembed, hidden, targets, MAX_LOGPROBS))
+        scores = _chosen_bits(targets, *say(unembed, hidden, targets, MAX_LOGPROBS))
+        return Computed(*results, scores, *recorded)
 
     return forward
 
@@ -146,6 +168,15 @@ def _together(bind: Callable, cache: PagedCache, tokens: jax.Array, rows: StepRo
     positions = _places(rows, tokens.shape[1])[1]
     hidden, context = bind(adapters)(tokens, jnp.maximum(positions, 0), cache.context(rows))
     return hidden, context.cache
+
+
+def _tapped(config, record: Record, given: TapInputs, bind, cache, tokens, rows, adapters):
+    """What `_together` gives, and what was recorded."""
+    positions = _places(rows, tokens.shape[1])[1]
+    keys = rows.tables[0].shape[-1] * cache.page_size
+    context = TapContext.begin(cache.context(rows), config, record, given, keys)
+    hidden, context = bind(adapters)(tokens, jnp.maximum(positions, 0), context)
+    return hidden, context.inner.cache, context.results()
 
 
 def _one_by_one(bind: Callable, cache: PagedCache, tokens: jax.Array, rows: StepRows, adapters):

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from llm_jax.data.detokenize import StreamingDecoder
 from llm_jax.ops.sampling_params import SamplingParams
 
@@ -31,6 +33,7 @@ class Output:
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[dict[int, float] | None] | None = None
     finish_reason: str | None = None  # "stop" (an end or stop id, a stop string) | "length"
+    taps: dict[str, np.ndarray] | None = None  # at its end, what the request's `Taps` recorded
     score: float | None = None  # of beam search: sum of log-probabilities / length ** length_penalty
 
 

@@ -80,8 +80,8 @@ def score_strictly(
                 jax.device_put(*_no_newest(mesh)),
                 jax.device_put(packed, batch_sharding(mesh, packed.shape)),
             )
-            results = compiled.get(forward, Timing(), *args)(*args)
-            found.extend(read_chosen(np.asarray(results[-1]))[1])
+            scores = compiled.get(forward, Timing(), *args)(*args).scores
+            found.extend(read_chosen(np.asarray(scores))[1])
     return [row[: len(text) - 1] for row, text in zip(found, texts, strict=False)]
 
 

@@ -10,11 +10,15 @@ from llm_jax.kernels.chips import OLDEST_CAPABILITY, gpu_rule
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """ "pallas" or "xla", and why. possible: whether the kernel could run all the same."""
+    """ "pallas", "xla" or another form (see `forms`), and why.
+
+    possible: whether the kernel could run all the same. measured_us: what forms took, if that is known.
+    """
 
     implementation: str
     reason: str
     possible: bool = False
+    measured_us: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
 
 def kernel_refusal(kind: str, head_dim: int) -> str:

@@ -24,6 +24,7 @@ from llm_jax.models.heads import ClassifierHead, LMHead, Pooler, SpanHead, fold_
 from llm_jax.models.layers import MLP, Attention, Embed, NgramEmbed, Norm
 from llm_jax.ops.attention import AttentionContext
 from llm_jax.ops.rope import frequencies, rotary_tables
+from llm_jax.ops.tap_context import tap
 from llm_jax.sharding import shard
 from llm_jax.tree import is_per_layer
 
@@ -54,9 +55,12 @@ class Block(nnx.Module):
         """x [B, T, D] -> [B, T, D], context; see `Attention` for the other arguments."""
         h = x if self.attn_norm is None else self.attn_norm(x)
         h, context = self.attn(h, positions, rotary, context, layer, window)
+        h, context = tap(context, "attn_out", h, layer)
         x = self._add(x, context.dropout(h, self.rate, layer, 0), self.attn_post_norm)
         h = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x))
-        return self._add(x, context.dropout(h, self.rate, layer, 1), self.mlp_post_norm), context
+        h, context = tap(context, "mlp_out", h, layer)
+        x = self._add(x, context.dropout(h, self.rate, layer, 1), self.mlp_post_norm)
+        return tap(context, "resid", x, layer)
 
     def _add(self, x: jax.Array, h: jax.Array, norm: Norm | None) -> jax.Array:
         """The residual sum, normed as a whole (BERT), in its new part (Gemma), or not."""
@@ -97,6 +101,7 @@ class Transformer(nnx.Module):
         if self.ngrams is not None:
             x += self.ngrams(tokens, positions, context)
         x = context.dropout(shard(x, "batch", "seq", "embed"), self.cfg.dropout, 0, 2)
+        x, context = tap(context, "embed", x, 0)
         graphdef, layers = nnx.split(self.layers)
         layers = nnx.to_pure_dict(layers)
         tables = self._rotary(positions)
@@ -125,7 +130,7 @@ class Transformer(nnx.Module):
                 body = jax.checkpoint(body, policy=REMAT[self.cfg.remat], prevent_cse=False)
             scanned = (layers, jnp.arange(len(windows)), jnp.asarray(windows, jnp.int32))
             (x, context), _ = jax.lax.scan(body, (x, context), scanned)
-        return x if self.norm is None else self.norm(x), context
+        return tap(context, "final", x if self.norm is None else self.norm(x), 0)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., V] float32."""

@@ -15,10 +15,13 @@ from typing import Protocol, Self
 import jax
 import jax.numpy as jnp
 
+from llm_jax.kernels.choice import Choice
 from llm_jax.kernels.flash_attention.api import choose, flash_attention
+from llm_jax.kernels.forms import BLOCKS, FORMS, note, pick
+from llm_jax.kernels.tuning import bucket, table_key
 from llm_jax.sharding import on_shards, shard
 
-CAUSAL_BLOCK = 128  # fewest queries in a block of `causal_attention`
+CAUSAL_BLOCK = 128  # fewest queries in a block of `attention_in_blocks`
 QUERY = ("batch", "seq", "heads", "head_dim")
 KEY = ("batch", "seq", "kv_heads", "head_dim")
 ROWS = ("batch", "seq")
@@ -106,41 +109,137 @@ def dot_product_attention(
     return out.reshape(b, kv, n // kv, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
-def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, *, scale: float, softcap: float | None
+def attention_weights(
+    q: jax.Array, k: jax.Array, mask: jax.Array, *, scale: float, softcap: float | None
 ) -> jax.Array:
-    """`dot_product_attention` where no query sees a key of a later index (S = T).
+    """The softmax of `dot_product_attention`, [B, T, N, S] float32: for looking at, not for speed.
 
-    Queries go in up to 8 blocks, each with the keys up to its own end: nearly half of the scores are
-    never computed.
+    q [B, T, N, H], k [B, K, S, H], mask bool [B, T, S]. A query that sees no key has zeros.
+    """
+    b, t, n, h = q.shape
+    grouped = (q * scale).reshape(b, t, k.shape[1], -1, h)
+    scores = jnp.einsum("btkgh,bksh->btkgs", grouped, k, preferred_element_type=jnp.float32)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    seen = mask[:, :, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores.reshape(b, t, n, -1), MASKED), axis=-1)
+    return jnp.where(seen, weights, 0.0)
+
+
+def attention_in_blocks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    *,
+    block: int,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
+) -> jax.Array:
+    """`dot_product_attention` of `block` queries at a time, where S = T.
+
+    causal: no query sees a key of a later index, so a block has the keys up to its own end alone: of 8
+    blocks nearly half of the scores are never computed. Smaller scores may stay in a processor's cache.
     """
     t = q.shape[1]
-    block = max(CAUSAL_BLOCK, -(-t // 8))
     blocks = []
     for start in range(0, t, block):
         end = min(start + block, t)
-        rows = mask[:, start:end, :end]
+        seen = end if causal else t
+        rows = mask[:, start:end, :seen]
         part = dot_product_attention(
-            q[:, start:end], k[:, :, :end], v[:, :, :end], rows, scale=scale, softcap=softcap
+            q[:, start:end], k[:, :, :seen], v[:, :, :seen], rows, scale=scale, softcap=softcap
         )
         blocks.append(part)
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 
-def kernel_serves(q: jax.Array, k: jax.Array, implementation: str) -> bool:
-    """Whether a kernel computes attention within a batch: q [B, T, N, H], k [B, T, K, H].
+@dataclasses.dataclass(frozen=True)
+class AttentionProblem:
+    """Attention within a batch as tables of forms have it; batch and tokens are powers of two.
 
-    Raises ValueError where implementation is "pallas" and it cannot.
+    training: measured with its gradient, as training needs it; encoders take the same form.
     """
-    if implementation == "xla":
-        return False
-    heads_major = jax.ShapeDtypeStruct((k.shape[0], k.shape[2], k.shape[1], k.shape[3]), k.dtype)
-    choice = choose(q, heads_major)
-    if implementation == "auto":
-        return choice.implementation == "pallas"
-    if not choice.possible:
-        raise ValueError(f"attention='pallas': {choice.reason}; take 'auto' or 'xla'")
-    return True
+
+    operator = "attention"
+    dtype: str
+    causal: bool
+    training: bool
+    heads: int
+    kv_heads: int
+    dim: int
+    batch: int
+    tokens: int
+
+    @property
+    def key(self) -> str:
+        words = ("causal" if self.causal else "full", "training" if self.training else "prompt")
+        names = ("heads", "kv_heads", "dim", "batch", "tokens")
+        return table_key(self.dtype, *words, **{name: getattr(self, name) for name in names})
+
+    @property
+    def blocks(self) -> list[str]:
+        """The forms of XLA that differ: at most 16 blocks of queries, and all queries at once."""
+        least = self.tokens // 16
+        return [*(name for name, n in BLOCKS.items() if least <= n < self.tokens), "whole"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedProblem:
+    """Attention of `new` tokens a row to a contiguous cache, which has one form: what the cache is."""
+
+    operator = "cached_attention"
+    dtype: str
+    heads: int
+    kv_heads: int
+    dim: int
+    batch: int
+    tokens: int
+    new: int
+
+    @property
+    def key(self) -> str:
+        names = ("heads", "kv_heads", "dim", "batch", "tokens", "new")
+        return table_key(self.dtype, **{name: getattr(self, name) for name in names})
+
+
+def note_cached(q: jax.Array, kv_heads: int, tokens: int, form: str, reason: str) -> None:
+    """Tell `kernels.forms` how q [B, T, N, H] attends to a cache with room for so many tokens."""
+    batch, new, heads, dim = q.shape
+    sizes = (heads, kv_heads, dim, bucket(batch), bucket(tokens), new)
+    note(CachedProblem(str(q.dtype), *sizes), Choice(form, reason))
+
+
+def block_rule(tokens: int, causal: bool) -> int:
+    """Queries of a block: up to 8 blocks of `CAUSAL_BLOCK` at least, or all that see everything."""
+    return min(tokens, max(CAUSAL_BLOCK, -(-tokens // 8))) if causal else tokens
+
+
+def block_of(form: str, tokens: int, causal: bool) -> int:
+    """Queries of a block of a form of XLA's; "xla": by the rule."""
+    return block_rule(tokens, causal) if form == "xla" else BLOCKS.get(form, tokens)
+
+
+def attention_form(q: jax.Array, k: jax.Array, options: AttentionOptions, *, training: bool) -> str:
+    """How attention within a batch is computed: q [B, T, N, H], k [B, T, K, H] -> "pallas", "whole",
+    "block=N", or "xla" for blocks by the rule.
+
+    Raises ValueError where `options` name "pallas" and it cannot be.
+    """
+    (batch, tokens, heads, dim), kv_heads = q.shape, k.shape[2]
+    sizes = (heads, kv_heads, dim, bucket(batch), bucket(tokens))
+    problem = AttentionProblem(str(q.dtype), options.causal, training, *sizes)
+    named = Choice(options.implementation, "named by ModelConfig.attention")
+    if options.implementation == "xla":
+        return note(problem, named).implementation
+    rule = choose(q, jax.ShapeDtypeStruct((batch, kv_heads, tokens, dim), k.dtype))
+    if options.implementation == "auto":
+        forms = FORMS["attention"] if rule.possible else FORMS["attention"][1:]
+        return pick(problem, rule, forms).implementation
+    if not rule.possible:
+        raise ValueError(f"attention='pallas': {rule.reason}; take 'auto' or 'xla'")
+    return note(problem, named).implementation
 
 
 def self_attention(q, k, v, window, options: AttentionOptions, **pairs) -> jax.Array:
@@ -166,13 +265,15 @@ def prompt_attention(q, k, v, positions, lengths, window, options: AttentionOpti
     [B, T, K, H] -> [B, T, N, H].
     """
     assert options.causal, "a cache serves causal models"
-    if kernel_serves(q, k, options.implementation):
+    form = attention_form(q, k, options, training=False)
+    if form == "pallas":
         # Padding comes after all tokens, which do not see it.
         return self_attention(q, k, v, window, options)
     keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))
     key_positions = jnp.where(positions < lengths[:, None], positions, -1)
     mask = attention_mask(positions, key_positions, window=window, causal=True)
-    return causal_attention(q, keys, values, mask, scale=options.scale, softcap=options.softcap)
+    how = {"scale": options.scale, "softcap": options.softcap, "causal": True}
+    return attention_in_blocks(q, keys, values, mask, block=block_of(form, q.shape[1], True), **how)
 
 
 @jax.tree_util.register_dataclass
@@ -187,13 +288,26 @@ class FullContext:
     dropout_key: jax.Array | None = None  # None = no dropout (evaluation)
 
     def attend(self, layer, q, k, v, *, positions, window, options):
-        if kernel_serves(q, k, options.implementation):
+        form = attention_form(q, k, options, training=True)
+        if form == "pallas":
             return self._by_kernel(q, k, v, positions, window, options), self
-        mask = attention_mask(positions, positions, window=window, causal=options.causal)
-        mask &= self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
+        mask = self._mask(positions, window, options)
         k, v = (shard(x.transpose(0, 2, 1, 3), "batch", "kv_heads", "seq", None) for x in (k, v))
-        attention = causal_attention if options.causal else dot_product_attention
-        return attention(q, k, v, mask, scale=options.scale, softcap=options.softcap), self
+        how = {"scale": options.scale, "softcap": options.softcap, "causal": options.causal}
+        block = block_of(form, q.shape[1], options.causal)
+        return attention_in_blocks(q, k, v, mask, block=block, **how), self
+
+    def attention_maps(self, layer, q, k, keep, *, positions, window, options):
+        """See `TapContext`: keys are the batch's."""
+        mask = self._mask(positions, window, options)
+        q, mask = (jax.vmap(lambda row, at: row[at])(x, keep) for x in (q, mask))
+        k = k.transpose(0, 2, 1, 3)
+        return attention_weights(q, k, mask, scale=options.scale, softcap=options.softcap)
+
+    def _mask(self, positions, window, options) -> jax.Array:
+        """Which keys each token sees, bool [B, T, T]."""
+        mask = attention_mask(positions, positions, window=window, causal=options.causal)
+        return mask & (self.segment_ids[:, :, None] == self.segment_ids[:, None, :])
 
     def _by_kernel(self, q, k, v, positions, window, options):
         """The same by a kernel, each device its own rows and heads."""

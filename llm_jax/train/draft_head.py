@@ -42,7 +42,7 @@ class DraftHeadResult:
     """How well the head guesses what the model would choose in held-out texts.
 
     An agreement is the share of the places at which the k-th token of a draft is the model's most likely
-    one, when the tokens before it are the text's: about what greedy decoding accepts.
+    one, when the tokens before it are the text's. Of what the model writes itself less is accepted.
     """
 
     loss: float  # nats per drafted token, weighted by `decay`

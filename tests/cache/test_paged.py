@@ -102,12 +102,13 @@ def test_pieces_of_texts_equal_the_whole_forward(windows, mesh, dtype, bound):
     done = np.zeros(4, int)
     with jax.set_mesh(mesh):
         cache = init_paged(model.config, (4 * per_row + 1,) * pools, page, mesh, dtype)
-        last = jnp.zeros((shards, 4), jnp.int32)
+        newest = jnp.zeros((shards, 4, 1), jnp.int32)
         for counts in STEPS:
             longest = max(counts.values())
             shape = StepShape(4 if longest == 1 else 64, 4, 4, per_row, pools)
             packed, order = packed_step(shape, shards, tables, tokens, done, counts)
-            logits, cache = make_paged_forward(model, shape)(params, cache, last, packed)
+            found = make_paged_forward(model, shape)(params, cache, newest, packed)
+            logits, cache = found.logits, found.cache
             for row, s in enumerate(order):
                 done[s] += counts[s]
                 got, wanted = logits[:, row], expected[np.arange(shards) * 4 + s, done[s] - 1]
@@ -127,7 +128,8 @@ def test_tokens_that_the_host_does_not_know_come_from_the_device():
         parts["decodes"][:] = parts["rows"][:] = 2
         cache = init_paged(model.config, (3,), PAGE, mesh)
         forward = make_paged_forward(model, shape)
-        results.append(forward(params, cache, jnp.asarray([last], jnp.int32), packed)[0])
+        newest = jnp.asarray(last, jnp.int32).reshape(1, 2, 1)
+        results.append(forward(params, cache, newest, packed).logits)
     np.testing.assert_array_equal(*results)
 
 

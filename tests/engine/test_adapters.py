@@ -121,7 +121,7 @@ def serve(serving, expected, names=NAMES):
 def test_a_batch_of_several_adapters(llm, loras, expected, changes):
     serving = engine(llm, loras, **changes)
     serve(serving, expected)
-    assert serving.adapters.swaps >= 3, "each was brought to the device"
+    assert serving.runner.adapters.swaps >= 3, "each was brought to the device"
     if "pages" in changes:
         assert serving.schedulers[0].statistics.preemptions > 0
 
@@ -256,7 +256,7 @@ def test_what_is_refused(llm, loras):
         serving.unload_adapter("coder")
     serving.cancel("r")
     serving.unload_adapter("coder")
-    assert serving.adapters.names == ()
+    assert serving.runner.adapters.names == ()
     with pytest.raises(ValueError, match="set EngineConfig.adapters"):
         Engine(llm, EngineConfig(**(SIZES | {"adapters": 0}))).load_adapter("coder", change)
     with pytest.raises(

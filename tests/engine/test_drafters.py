@@ -68,7 +68,7 @@ def near(llm, noise, **changes):
 def serve(llm, drafter, wanted, **changes):
     """An engine that drafts as often as it can, after it served all requests twice."""
     engine = Engine(llm, EngineConfig(**(SIZES | changes)), drafter=drafter)
-    engine._drafter.cost = 0.0
+    engine.runner.drafter.cost = 0.0
     for _ in range(2):  # the second time with a known prefix
         outputs = engine.generate(PROMPTS, ASKED)
         assert [o.token_ids for o in outputs] == [o.token_ids for o in wanted]
@@ -144,7 +144,7 @@ def test_a_head_drafts_what_its_formula_says(llm, expected):
     """As many drafts stay as a simulation on the finished text counts, from one forward of it."""
     head, params = small_head(llm, 0.02)
     engine = Engine(llm, EngineConfig(**(SIZES | {"speculation": "draft_head"})), drafter=(head, params))
-    engine._drafter.cost = 0.0
+    engine.runner.drafter.cost = 0.0
     (output,) = engine.generate(PROMPTS[:1], ASKED[:1])
     assert output.token_ids == expected[0].token_ids
     net, cell = llm.model.bind(llm.params), head.bind(params)

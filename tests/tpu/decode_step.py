@@ -55,11 +55,11 @@ def engine_step(
     packed = jax.ShapeDtypeStruct(
         shape.empty(1)[0].shape, jnp.int32, sharding=batch_sharding(mesh, (1, 1))
     )
-    last = jax.ShapeDtypeStruct((1, rows), jnp.int32, sharding=batch_sharding(mesh, (1, 1)))
+    newest = jax.ShapeDtypeStruct((1, rows, 1), jnp.int32, sharding=batch_sharding(mesh, (1, 1)))
     forward = make_paged_forward(model, shape)
 
-    def step(params, cache, last, packed):
+    def step(params, cache, newest, packed):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return forward(params, cache, last, packed)
+            return forward(params, cache, newest, packed)
 
-    return Case(jax.jit(step, donate_argnums=1), (params, cache, last, packed))
+    return Case(jax.jit(step, donate_argnums=1), (params, cache, newest, packed))

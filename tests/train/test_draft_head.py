@@ -220,7 +220,7 @@ def test_a_run_goes_on_where_it_was_cut_off(tmp_path):
         ({"decay": 1.5}, r"decay=1.5: expected in \(0, 1\]"),
         ({"base_weight": 1.5}, r"base_weight=1.5: expected in \[0, 1\]"),
         ({"base": ""}, "base='': expected the model to draft for"),
-        ({"row_tokens": 3}, "row_tokens=3: expected more than draft_steps"),
+        ({"row_tokens": 2}, "row_tokens=2: expected more than draft_steps"),
         ({"task": "lm"}, "task='lm'"),
         ({"document": "page"}, "document='page'"),
         ({"row_tokens": 1000}, "row_tokens=1000: expected 2 to model.max_positions=512"),

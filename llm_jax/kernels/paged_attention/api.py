@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from llm_jax.kernels.chips import ChipRule, chip_rule, device_kind, gpu_in_use, gpu_rule
 from llm_jax.kernels.choice import Choice, attention_refusal, kernel_name
+from llm_jax.kernels.forms import FORMS, note, pick
 from llm_jax.kernels.paged_attention import gpu
 from llm_jax.kernels.paged_attention.reference import reference_paged_attention
 from llm_jax.kernels.paged_attention.scales import LANES, spread_scales
@@ -28,7 +29,7 @@ from llm_jax.kernels.paged_attention.types import (
 )
 from llm_jax.kernels.tuning import bucket, table_key, tuned
 
-IMPLEMENTATIONS = ("pallas", "xla")
+IMPLEMENTATIONS = FORMS["paged_attention"]
 MIB = 1 << 20
 NO_WINDOW = 1 << 30
 TABLE_BYTES = 512 << 10  # of the memory that a core's scalar unit has
@@ -42,20 +43,64 @@ class Sizes:
     chunk: ChunkSizes
 
 
+@dataclasses.dataclass(frozen=True)
+class PagedProblem:
+    """Paged attention as tables of forms have it; rows, tokens of a row and new tokens of all rows are
+    powers of two. new = rows: each has a single one.
+    """
+
+    operator = "paged_attention"
+    dtype: str
+    of_pages: str
+    heads: int
+    kv_heads: int
+    dim: int
+    page: int
+    rows: int
+    tokens: int
+    new: int
+
+    @property
+    def key(self) -> str:
+        names = ("heads", "kv_heads", "dim", "page", "rows", "tokens", "new")
+        return table_key(self.dtype, self.of_pages, **{name: getattr(self, name) for name in names})
+
+    @classmethod
+    def of(cls, q: jax.Array, pages: Pages, rows: Rows) -> "PagedProblem":
+        """Of arrays or shapes."""
+        (new, heads, dim), (page, lanes), (count, most) = (
+            q.shape,
+            pages.tokens.shape[3:],
+            rows.table.shape,
+        )
+        sizes = (heads, lanes // dim, dim, page, bucket(count), bucket(page * most), bucket(new))
+        return cls(str(q.dtype), str(pages.tokens.dtype), *sizes)
+
+
 def choose(q: jax.Array, pages: Pages, rows: Rows, kind: str | None = None) -> Choice:
-    """What `paged_attention` takes for such arrays (or shapes) on a kind of device, or on ours."""
-    kind = device_kind() if kind is None else kind
+    """What `paged_attention` takes for such arrays (or shapes) on a kind of device, or on ours, where
+    what was measured decides (`forms`).
+    """
+    if kind is not None:
+        return by_rule(q, pages, rows, kind)
+    rule = by_rule(q, pages, rows, device_kind())
+    possible = IMPLEMENTATIONS if rule.possible else IMPLEMENTATIONS[1:]
+    return pick(PagedProblem.of(q, pages, rows), rule, possible)
+
+
+def by_rule(q: jax.Array, pages: Pages, rows: Rows, kind: str) -> Choice:
+    """The kernel wherever it can run on this kind of device."""
     if refusal := attention_refusal(q, kind):
         return Choice("xla", refusal)
     if rule := gpu_rule(kind):
         refusal = gpu.refusal(rule, pages)
-        return Choice("xla", refusal) if refusal else Choice("pallas", kernel_name(kind))
+        return Choice("xla", refusal) if refusal else Choice("pallas", kernel_name(kind), True)
     table = math.prod(rows.table.shape) * 4
     if table > TABLE_BYTES:
         shape = "x".join(map(str, rows.table.shape))
         found = f"a table of {shape} pages takes {table >> 10} KiB of scalar memory"
         return Choice("xla", f"{found}, {TABLE_BYTES >> 10} are there: take larger pages or fewer rows")
-    return Choice("pallas", kernel_name(kind))
+    return Choice("pallas", kernel_name(kind), True)
 
 
 def paged_attention(
@@ -83,29 +128,27 @@ def paged_attention(
 
     Tokens are quantized to 8-bit pages here, each head's largest number to the largest that there is.
 
-    implementation: "pallas" (TPU and GPU), "xla", or None for `choose`. sizes: of the TPU's kernels.
-    interpret: run the TPU's kernels on a CPU, for tests, or with "gpu" the GPU's. It cannot be
-    differentiated by way of "pallas": training attends within the batch.
+    implementation: "pallas" (TPU and GPU), "xla", "xla_together" (see `reference`), or None for
+    `choose`. sizes: of the TPU's kernels. interpret: run the TPU's kernels on a CPU, for tests, or with
+    "gpu" the GPU's. It cannot be differentiated by way of "pallas": training attends within the batch.
 
     Raises ValueError for arrays that do not fit each other and for an implementation that cannot run.
     """
     _check(q, k, v, pages, rows, implementation)
     if implementation is None:
         implementation = choose(q, pages, rows).implementation
-    elif (
-        implementation == "pallas"
-        and not interpret
-        and choose(q, pages, rows).implementation != "pallas"
-    ):
-        reason = choose(q, pages, rows).reason
-        raise ValueError(f"implementation='pallas': {reason}; take 'xla' or None")
+    else:
+        if implementation == "pallas" and not interpret:
+            rule = by_rule(q, pages, rows, device_kind())
+            if not rule.possible:
+                raise ValueError(f"implementation='pallas': {rule.reason}; take 'xla' or None")
+        note(PagedProblem.of(q, pages, rows), Choice(implementation, "named by the caller"))
     layer, window = jnp.asarray(layer, jnp.int32), jnp.asarray(window, jnp.int32)
     window = jnp.where(window == 0, NO_WINDOW, window)
     new, new_scales = _new(k, v, pages)
-    if implementation == "xla":
-        return reference_paged_attention(
-            q, new, new_scales, pages, rows, layer, scale=scale, window=window, softcap=softcap
-        )
+    if implementation != "pallas":
+        how = {"scale": scale, "softcap": softcap, "together": implementation == "xla_together"}
+        return reference_paged_attention(q, new, new_scales, pages, rows, layer, window=window, **how)
     if of_gpu := gpu_in_use(interpret):
         how = {"scale": scale, "softcap": softcap, "interpret": bool(interpret)}
         return gpu.paged(of_gpu, q, new, new_scales, pages, rows, layer, window, **how)

@@ -4,7 +4,8 @@ Letters: T tokens, R rows, C queries of one row, N query heads, K key/value head
 P pages of Z tokens, M pages of a row.
 
 Row by row and page by page, with running sums: XLA would gather all pages of all rows first, up to the
-longest row's, at a fifth of the speed on a CPU.
+longest row's, at a fifth of the speed on a CPU. `together` goes through the pages of all single tokens'
+rows at once, which is faster where one row is all there is, or rows are spread over many cores.
 """
 
 import functools
@@ -30,6 +31,7 @@ def reference_paged_attention(
     scale: float,
     window: jax.Array,
     softcap: float,
+    together: bool = False,
 ) -> tuple[jax.Array, Pages]:
     """(attention [T, N, H], pages with the new tokens).
 
@@ -44,9 +46,9 @@ def reference_paged_attention(
     )
     single = jnp.arange(most) < rows.decodes
     ends = jnp.where(single, rows.lengths, 0)
-    out = jax.lax.map(
-        lambda x: attend(x[0][None], x[1], x[2] - 1, x[2])[0], (q[:most], rows.table, ends)
-    )
+    one = lambda q, table, end: attend(q[None], table, end - 1, end)[0]  # noqa: E731
+    singles = (q[:most], rows.table, ends)
+    out = jax.vmap(one)(*singles) if together else jax.lax.map(lambda x: one(*x), singles)
     if count == most:
         return out, pages
     tile = min(TILE, count)
@@ -109,7 +111,7 @@ def _attend(q, table, first, end, *, pages: Pages, layer, scale, window, softcap
 
     def add_page(i, sums):
         largest, total, out = sums
-        k, v = _page(pages, layer, table[i], kv_heads)
+        k, v = read_page(pages, layer, table[i], kv_heads)
         scores = jnp.einsum("kxh,zkh->kxz", grouped, k, precision=exact)
         if softcap:
             scores = softcap * jnp.tanh(scores / softcap)
@@ -133,7 +135,7 @@ def _attend(q, table, first, end, *, pages: Pages, layer, scale, window, softcap
     return out.transpose(1, 0, 2, 3).reshape(q.shape).astype(q.dtype)
 
 
-def _page(pages: Pages, layer, page, kv_heads: int):
+def read_page(pages: Pages, layer, page, kv_heads: int):
     """Keys and values of one page, [Z, K, H] float32 each."""
     shape = pages.tokens.shape[2:]
     found = jax.lax.dynamic_slice(pages.tokens, (layer, page, 0, 0, 0), (1, 1, *shape))
