@@ -3,13 +3,27 @@
 The environment is set before jax is imported; JAX_PLATFORMS=tpu (or cuda) runs the tests on a device.
 """
 
+import importlib.metadata
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile more than they compute: without LLVM's optimizations the suite takes half the time.
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+FLAGS = "--xla_force_host_platform_device_count=8"
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Tests compile more than they compute: without LLVM's optimizations, in one module for a program
+    # and not one for each core, that takes half the time.
+    FLAGS += " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    # XLA's older way to make LLVM's code halves it again. Later versions lost it and refuse the flag.
+    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) <= (0, 10):
+        FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+# A program that was compiled is found again: by a run that resumes, a script, another test process.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    PROGRAMS = tempfile.TemporaryDirectory()  # removed when the process ends that made it
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads wait for each other by spinning
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "agg"
 os.environ["LLM_JAX_TUNED"] = "off"  # what was measured on this machine decides nothing in tests

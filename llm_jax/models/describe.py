@@ -87,25 +87,27 @@ def outline(
 
 def init_params(model: Model, mesh: Mesh, key: jax.Array) -> Params:
     """Random parameters born on their shards: no device ever holds the whole tree."""
+    with jax.set_mesh(mesh):
+        return _make_params(model, mesh)(key)
+
+
+@functools.lru_cache(maxsize=64)
+def _make_params(model: Model, mesh: Mesh) -> Callable[[jax.Array], Params]:
+    """The jitted function of `init_params`, compiled once for a model and a mesh."""
     build = lambda rngs: Transformer(model.config, rngs=rngs)  # noqa: E731
-    return draw(build, model.shapes, model.shardings(mesh), mesh, key)
+    return make_draw(build, model.shapes, model.shardings(mesh))
 
 
-def draw(
-    build: Callable[[nnx.Rngs], nnx.Module],
-    shapes: Params,
-    places: Params,
-    mesh: Mesh,
-    key: jax.Array,
-) -> Params:
-    """The parameters that `build` draws from `key`, in the dtypes of `shapes`, born on `places`."""
+def make_draw(
+    build: Callable[[nnx.Rngs], nnx.Module], shapes: Params, places: Params
+) -> Callable[[jax.Array], Params]:
+    """f(key) -> the parameters that `build` draws, in the dtypes of `shapes`, born on `places`."""
 
     def make(key):
         params = nnx.to_pure_dict(nnx.split(build(nnx.Rngs(key)))[1])
         return jax.tree.map(lambda p, s: p.astype(s.dtype), params, shapes)
 
-    with jax.set_mesh(mesh):
-        return jax.jit(make, out_shardings=places)(key)
+    return jax.jit(make, out_shardings=places)
 
 
 def complete_params(

@@ -26,7 +26,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from llm_jax.config import ModelConfig
-from llm_jax.models.describe import Params, draw, outline
+from llm_jax.models.describe import Params, make_draw, outline
 from llm_jax.models.layers import ACTIVATIONS, Norm, weight
 from llm_jax.ops.linear import linear
 from llm_jax.sharding import shardings
@@ -92,4 +92,5 @@ def describe_draft_head(config: ModelConfig, width: int) -> DraftHeadModel:
 def init_draft_head(head: DraftHeadModel, mesh: Mesh, key: jax.Array) -> Params:
     """First parameters, born on their shards; with them every draft repeats the model's own choice."""
     build = lambda rngs: DraftHead(head.config, head.width, rngs=rngs)  # noqa: E731
-    return draw(build, head.shapes, head.shardings(mesh), mesh, key)
+    with jax.set_mesh(mesh):
+        return make_draw(build, head.shapes, head.shardings(mesh))(key)

@@ -29,6 +29,7 @@ OLDEST = "0.0.52"  # the libtpu that this is known to read
 INSTALL = f"pip install --no-deps --target=DIR libtpu=={OLDEST}; LLM_JAX_LIBTPU=DIR/libtpu/libtpu.so"
 SETTINGS = {  # of the process that compiles
     "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # what JAX finds there again leaves no code to read
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs on a TPU here, so nobody's lock matters
     "TPU_ACCELERATOR_TYPE": "",

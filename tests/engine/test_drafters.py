@@ -39,7 +39,10 @@ def load(folder, name, mesh=""):
     DECODERS[name].save(folder)
     config = load_config(folder)
     model, mesh = describe(dataclasses.replace(config, cache_dtype="float32")), make_mesh(mesh)
-    return LLM.from_params(model, load_hf(folder, model, mesh), None, mesh=mesh)
+    params = load_hf(folder, model, mesh)
+    llm = LLM.from_params(model, params, None, mesh=mesh)
+    llm.params = params  # on the CPU too layers that are scanned: one of them is compiled, not three
+    return llm
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,21 @@ import json
 import random
 import re
 
+import jax
 import numpy as np
 import pytest
 
 from llm_jax import LLM, SamplingParams
+from llm_jax.checkpoint.hf import load_config, load_hf
 from llm_jax.config import EngineConfig
+from llm_jax.data.tokenizer import load_tokenizer
 from llm_jax.engine.engine import Engine
 from llm_jax.engine.runner import Flight
 from llm_jax.engine.scheduler import QueueFull
+from llm_jax.infer.llm import DEMO_MODEL
+from llm_jax.models import describe
 from llm_jax.ops.sampling_params import StructuredSpec
+from llm_jax.sharding import make_mesh
 
 SLOW = pytest.mark.slow
 SIZES = {"max_rows": 4, "token_budget": 32, "max_length": 96, "page_size": 16, "compile_ahead": False}
@@ -33,9 +39,18 @@ VARIED = [
 ]
 
 
+def short(mesh=""):
+    """The first two layers of the bundled model: texts of little sense, compiled in half the time."""
+    config, mesh = load_config(DEMO_MODEL), make_mesh(mesh)
+    params = load_hf(DEMO_MODEL, describe(config), mesh)
+    params["layers"] = jax.tree.map(lambda x: x[:2], params["layers"])
+    model = describe(dataclasses.replace(config, num_layers=2))
+    return LLM.from_params(model, params, load_tokenizer(DEMO_MODEL), mesh=mesh)
+
+
 @pytest.fixture(scope="module")
 def llm():
-    return LLM()
+    return short()
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +120,7 @@ def test_pages_run_out(llm, expected, preemption):
 @SLOW
 @pytest.mark.parametrize("mesh", ["data:2", "data:2,tensor:2"])
 def test_meshes(expected, mesh):
-    serving = engine(LLM(mesh=mesh))
+    serving = engine(short(mesh))
     same(serving.generate(TEXTS, GREEDY), expected["greedy"])
     assert all(s.statistics.requests == 2 for s in serving.schedulers), "each shard has its share"
     assert nothing_left(serving)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from llm_jax import LLM, Engine, EngineConfig
+from llm_jax import Engine, EngineConfig
 from llm_jax.bench.soaking import soak
+from tests.engine.test_engine import short
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "soak_engine.py"
 SIZES = {"max_rows": 4, "token_budget": 32, "max_length": 96, "page_size": 16, "pages": [14]}
@@ -16,7 +17,7 @@ SIZES = {"max_rows": 4, "token_budget": 32, "max_length": 96, "page_size": 16, "
 
 @pytest.fixture(scope="module")
 def llm():
-    return LLM()
+    return short()
 
 
 @pytest.mark.slow

@@ -122,6 +122,7 @@ def compile_cuda(target: str, gpu: str, arguments: dict[str, Any] | None = None)
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
+            "JAX_ENABLE_COMPILATION_CACHE": "false",  # what is found there again is not dumped
             "PYTHONPATH": os.pathsep.join((str(ROOT), str(folder))),
             "PATH": os.pathsep.join((str(nvcc / "bin"), os.environ["PATH"])),
             "XLA_FLAGS": f"--xla_gpu_cuda_data_dir={nvcc} --xla_dump_to={dump} --xla_dump_hlo_as_text",

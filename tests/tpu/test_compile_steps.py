@@ -30,6 +30,7 @@ def test_steps_compile_for_every_generation(topology, mesh):
     # A fresh process: libtpu reads its settings once and locks the machine's TPU, where there is one.
     inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "PYTHONPATH": str(ROOT)}
+    settings |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # whose programs are not for compilers alone
     output = subprocess.run(
         [sys.executable, SCRIPT, topology, mesh],
         env=inherited | settings,
