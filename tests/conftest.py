@@ -1,6 +1,7 @@
 """One setting for all tests: eight CPU devices, no network, strict promotion.
 
-The environment is set before jax is imported; JAX_PLATFORMS=tpu (or cuda) runs the tests on a device.
+The environment is set before jax is imported; JAX_PLATFORMS=tpu (or cuda) runs the tests on a device,
+LLM_JAX_OPTIMIZED=1 with XLA's optimizations for a CPU, as users have them.
 """
 
 import importlib.metadata
@@ -9,7 +10,7 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 FLAGS = "--xla_force_host_platform_device_count=8"
-if os.environ["JAX_PLATFORMS"] == "cpu":
+if os.environ["JAX_PLATFORMS"] == "cpu" and "LLM_JAX_OPTIMIZED" not in os.environ:
     # Tests compile more than they compute: without LLVM's optimizations, in one module for a program
     # and not one for each core, that takes half the time.
     FLAGS += " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
