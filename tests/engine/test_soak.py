@@ -1,4 +1,4 @@
-"""An engine under everything that callers do, for some seconds; the script does so for hours."""
+"""An engine under everything that callers do, for seconds and minutes; the script does so for hours."""
 
 import json
 import subprocess
@@ -37,10 +37,11 @@ def test_nothing_is_lost(llm, more):
 
 
 @pytest.mark.slow
-def test_the_script():
+def test_five_minutes():
+    """The script's own verdict: tokens, pages, programs, and memory that does not grow by 1%."""
     settings = json.dumps(SIZES | {"max_rows": 2})
-    command = [sys.executable, SCRIPT, "--seconds=5", "--json", f"--settings={settings}"]
+    command = [sys.executable, SCRIPT, "--seconds=300", "--json", f"--settings={settings}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     last = json.loads(done.stdout.splitlines()[-1])
-    assert last["finished"] > 5 and last["leaked"] == last["compiled"] == 0
+    assert last["finished"] > 500 and last["leaked"] == last["compiled"] == 0
