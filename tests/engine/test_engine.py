@@ -397,13 +397,13 @@ def test_texts_have_the_form_that_was_asked_for(llm):
     assert results[0][3] == llm.generate([TEXTS[0]], plain)[0].token_ids
 
 
-MIXES = [
+MIXES = [  # of one page size: sums are taken page by page
     {},
     {"max_rows": 1},
     {"token_budget": 17, "prefix_cache": False},
     {"speculation": "prompt_lookup", "overlap": False},
-    {"pages": (8,), "page_size": 16, "max_length": 80},
-    {"pages": (12,), "page_size": 8, "max_length": 80, "prefix_host_pages": 30},
+    {"pages": (8,), "max_length": 80},
+    {"pages": (8,), "max_length": 80, "prefix_host_pages": 30},
 ]
 
 
