@@ -102,6 +102,7 @@ class Engine:
         self._driver: asyncio.Task | None = None
         self._failure: BaseException | None = None  # what a step raised
         self._waits = False  # for the device
+        self._deltas: list[Delta] = []  # that no call of `step` has returned yet
         self.busy_s = self.scheduling_s = 0.0  # seconds in steps, and of these in the schedulers
         self.drafted_tokens = self.accepted_tokens = 0
 
@@ -227,7 +228,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Whether there is nothing to do, nor to report."""
-        return not (self._live or self._flights)
+        return not (self._live or self._flights or self._deltas)
 
     @property
     def misses(self) -> int:
@@ -249,32 +250,31 @@ class Engine:
                     "an earlier step of this engine failed, and what its pages hold is lost: make a new "
                     "Engine, and ask again"
                 ) from self._failure
-            start = time.perf_counter()
+            start, self._waits = time.perf_counter(), False
             try:
-                return self._step()
+                self._step()
             except BaseException as error:
                 if not (self._waits and isinstance(error, KeyboardInterrupt)):
                     self._failure = error
                 raise
             finally:
                 self.busy_s += time.perf_counter() - start
+            deltas, self._deltas = self._deltas, []
+            return deltas
 
-    def _step(self) -> list[Delta]:
-        deltas = self._landed(1)  # one more is there after an interrupt
+    def _step(self) -> None:
+        self._catch_up(self._may_run_ahead)  # with what an interrupt left
         began = self._dispatch()
-        ahead = 1 if began and self._may_run_ahead else 0
-        deltas += self._reported(event for s in self.schedulers for event in s.poll())
-        return deltas + self._landed(ahead)
+        self._deltas += self._reported(event for s in self.schedulers for event in s.poll())
+        self._catch_up(began and self._may_run_ahead)
 
-    def _landed(self, ahead: int) -> list[Delta]:
-        """Take in all steps that run but for the newest `ahead`."""
-        deltas: list[Delta] = []
+    def _catch_up(self, ahead: bool) -> None:
+        """Take in all steps that run; ahead: but for the newest."""
         while len(self._flights) > ahead:
             self._waits = True
             self._flights[0].wait()
             self._waits = False
-            deltas += self._land(self._flights.popleft())
-        return deltas
+            self._deltas += self._land(self._flights.popleft())
 
     def generate(
         self,

@@ -68,9 +68,10 @@ class Runner:
         self._llm, self._live = llm, live
         model, self._mesh = llm.model, llm.mesh
         self.shards = data_shards(self._mesh)
-        kind, by = self._mesh.devices.flat[0].device_kind, model.config.attention
-        kernel = by != "xla" and not kernel_refusal(kind, model.config.head_dim)
-        self.alignment = ALIGNMENT if kernel else 1
+        kind = self._mesh.devices.flat[0].device_kind
+        configs = [model.config, *([drafter.model.config] if isinstance(drafter, LLM) else [])]
+        kernels = [c.attention != "xla" and not kernel_refusal(kind, c.head_dim) for c in configs]
+        self.alignment = ALIGNMENT if any(kernels) else 1
         self.windows = pool_windows(model.config)
         self.adapters = Adapters(llm, config)  # before pages take the rest of the memory
         self.drafter = self._drafter_of(drafter)
@@ -297,9 +298,9 @@ class Runner:
         wanted = kinds.get(self.config.speculation, type(None))
         if not isinstance(drafter, wanted):
             raise ValueError(
-                f"speculation={self.config.speculation!r} with drafter={drafter}: 'draft_model' takes "
-                "an LLM, 'draft_head' what load_draft_head gives, as Engine(..., drafter=...); nothing "
-                "else takes one"
+                f"speculation={self.config.speculation!r} with drafter={type(drafter).__name__}: "
+                "'draft_model' takes an LLM, 'draft_head' what load_draft_head gives, as "
+                "Engine(..., drafter=...); nothing else takes one"
             )
         if isinstance(drafter, LLM):
             return ModelDrafter(drafter, self._llm, self.config, self.max_length)

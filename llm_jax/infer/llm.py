@@ -19,6 +19,7 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from llm_jax.checkpoint.hf import load_config, load_generation_config, load_hf, resolve
+from llm_jax.config import EngineConfig
 from llm_jax.data.chat import encode_chat
 from llm_jax.data.detokenize import StreamingDecoder
 from llm_jax.data.tokenizer import load_tokenizer
@@ -290,18 +291,21 @@ class LLM:
 
         texts: as the prompts of `generate`; a text of one token has none. By the forward of training, or
         strict: bit for bit what an `Engine` with strict_numerics says of them, which is slow.
-        page_size: of that engine, 32 as in `EngineConfig` if not given.
+        page_size: of that engine; as `EngineConfig` has it if not given.
         Raises ValueError for texts that are longer than the model's positions, or empty.
         """
         if page_size is not None and not strict:
             raise ValueError(f"page_size={page_size}: only strict scores have pages; leave it out")
+        page_size = EngineConfig.page_size if page_size is None else page_size
+        if page_size < 1:
+            raise ValueError(f"page_size={page_size}: expected at least 1")
         ids = [self.encode(text) for text in texts]
         check_lengths(self.model, ids, [0] * len(ids))
         found: list[list[float]] = []
         for first in range(0, len(ids), self.max_batch):
             given = (self.model, self.params, self.mesh, ids[first : first + self.max_batch])
             if strict:
-                rows = score_strictly(*given, self.compiled, page_size or 32)
+                rows = score_strictly(*given, self.compiled, page_size)
             else:
                 rows = score_at_once(*given, self.compiled)
             found += [row.tolist() for row in rows]

@@ -255,6 +255,35 @@ def test_an_interrupt_while_it_waits_leaves_the_engine_as_it_was(llm, expected, 
     assert nothing_left(serving)
 
 
+def test_an_interrupted_step_tells_all_and_forms_stay_right(llm, monkeypatch):
+    """What it had to tell comes with the next one; a form's next token waits for the one before."""
+    form = StructuredSpec("regex", "[0-9]{3}-[a-z]{2}")
+    asked = SamplingParams(max_new_tokens=24, temperature=1, seed=1, structured=form)
+    (wanted,) = engine(llm).generate([TEXTS[0]], asked)
+    serving, wait, ended = engine(llm), Flight.wait, {}
+    waits = iter([False, True] * 100)
+
+    def interrupted(flight):
+        if next(waits):
+            raise KeyboardInterrupt
+        wait(flight)
+
+    monkeypatch.setattr(Flight, "wait", interrupted)
+    names = [serving.add(TEXTS[0], asked), serving.add(TEXTS[1], GREEDY)]
+    serving.step()
+    serving.cancel(names[1])  # the next step would report it, and is interrupted
+    interrupts = 0
+    while not serving.idle:
+        try:
+            ended |= {delta.id: delta.output for delta in serving.step()}
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert interrupts > 3 and set(ended) == set(names)
+    assert ended[names[1]].finish_reason == "cancelled"
+    assert ended[names[0]].token_ids == wanted.token_ids
+    assert nothing_left(serving)
+
+
 def test_a_step_that_failed_is_the_last_one(llm, monkeypatch):
     serving = engine(llm)
     monkeypatch.setattr(serving.runner, "run", lambda plans: 1 / 0)

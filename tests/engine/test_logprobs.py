@@ -78,5 +78,7 @@ def test_what_is_refused(tmp_path):
     _, llm = load(tmp_path, "gpt2")
     with pytest.raises(ValueError, match="page_size=8: only strict scores have pages"):
         llm.score(TEXTS, page_size=8)
+    with pytest.raises(ValueError, match="page_size=0: expected at least 1"):
+        llm.score(TEXTS, strict=True, page_size=0)
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
         llm.score([[5], []])
