@@ -5,8 +5,6 @@ the reader's information; the tensors are float32 by the paths of our parameters
 """
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from llm_jax.checkpoint.new_directory import new_directory
 from llm_jax.checkpoint.tensor_file import TensorFile, write_tensors
 from llm_jax.models import Model, Params
 from llm_jax.models.draft_head import DraftHeadModel, describe_draft_head
@@ -30,23 +29,14 @@ def export_draft_head(
 
     The directory appears complete or not at all; ValueError when it holds something.
     """
-    target = Path(directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists already and is not empty; remove it or name another")
     about = {"base": base, "width": head.width}
     about |= {name: getattr(head.config, name) for name in OF_BASE}
-    tensors = jax.device_get(flatten(params))
-    layout = {path: (np.dtype(np.float32), value.shape) for path, value in tensors.items()}
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    tensors = {path: np.asarray(x, np.float32) for path, x in jax.device_get(flatten(params)).items()}
+    layout = {path: (value.dtype, value.shape) for path, value in tensors.items()}
+    with new_directory(directory) as temporary:
         (temporary / "draft_head.json").write_text(json.dumps(about, indent=2) + "\n")
         write_tensors(temporary / "draft_head.safetensors", layout, tensors.__getitem__)
-        os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-    return target
+    return Path(directory)
 
 
 def load_draft_head(directory: str | Path, model: Model, mesh: Mesh) -> tuple[DraftHeadModel, Params]:

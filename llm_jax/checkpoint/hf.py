@@ -12,9 +12,7 @@ import functools
 import json
 import logging
 import math
-import os
 import re
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +25,7 @@ import numpy as np
 from huggingface_hub.errors import HFValidationError
 from jax.sharding import Mesh, Sharding
 
+from llm_jax.checkpoint.new_directory import new_directory
 from llm_jax.checkpoint.tensor_file import TensorFile, write_tensors
 from llm_jax.config import ModelConfig
 from llm_jax.models.describe import Model, Params, complete_params
@@ -199,16 +198,11 @@ def export_hf(
     it; its token ids go to config.json too. max_shard_bytes: largest file (one tensor at least).
     Raises ValueError when the family cannot express the model, or the directory holds something.
     """
-    target = Path(directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists already and is not empty; remove it or name another")
     generation = _one_id(generation_config or {})
     ids = {key: value for key, value in generation.items() if key in _TOKEN_IDS}
     config = {**to_hf(model.config), **ids}
     config["torch_dtype"] = str(jax.tree.leaves(params)[0].dtype)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with new_directory(directory) as temporary:
         _write_json(temporary / "config.json", config)
         if generation_config is not None:
             _write_json(temporary / "generation_config.json", generation)
@@ -217,11 +211,7 @@ def export_hf(
         if tokenizer is not None:
             tokenizer.save(temporary)
         _write_parameters(temporary, model, flatten(params, is_leaf=is_per_layer), max_shard_bytes)
-        os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-    return target
+    return Path(directory)
 
 
 # --- Reading -------------------------------------------------------------------------------------

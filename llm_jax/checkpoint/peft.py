@@ -7,9 +7,7 @@ https://huggingface.co/docs/peft: tensors base_model.model.MODULE.lora_A.weight 
 import json
 import logging
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from llm_jax.checkpoint.new_directory import new_directory
 from llm_jax.checkpoint.tensor_file import TensorFile, write_tensors
 from llm_jax.models import Model, Params
 from llm_jax.models.families import canonical_name, family, has_prefix, sources
@@ -66,23 +65,14 @@ def export_peft(directory: str | Path, lora: LoraModel, adapters: Params, *, bas
     directory appears complete or not at all; ValueError when it holds something, or when PEFT has no
     form for an adapter (GPT-2 keeps query, key and value in one matrix).
     """
-    target = Path(directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists already and is not empty; remove it or name another")
     names = peft_modules(lora)
     config = _config(lora, names) | {"base_model_name_or_path": base}
     tensors = dict(_tensors(lora, jax.device_get(flatten(adapters)), names))
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    with new_directory(directory) as temporary:
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         layout = {name: (value.dtype, value.shape) for name, value in tensors.items()}
         write_tensors(temporary / "adapter_model.safetensors", layout, tensors.__getitem__)
-        os.replace(temporary, target)
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-    return target
+    return Path(directory)
 
 
 def load_peft(directory: str | Path, model: Model) -> dict[str, LowRank]:
