@@ -17,8 +17,8 @@ import numpy as np
 
 from llm_jax.cache.paged import PagedCache, init_paged, page_bytes, pool_windows
 from llm_jax.config import EngineConfig
-from llm_jax.engine.plan import Row, StepPlan
-from llm_jax.engine.programs import Buckets, Compiled, abstract
+from llm_jax.engine.plan import StepPlan
+from llm_jax.engine.programs import Buckets, Caches, ProgramSet, abstract
 from llm_jax.infer.draft_steps import OF_MODEL, make_head_draft, make_model_draft
 from llm_jax.infer.llm import LLM
 from llm_jax.infer.paged_steps import Slots, make_paged_forward
@@ -28,7 +28,6 @@ from llm_jax.ops.sampling import TIERS, SamplingFeatures
 from llm_jax.tree import num_bytes
 
 Plans = list[StepPlan | None]  # of each data shard
-Caches = tuple[PagedCache, ...]
 
 
 class ModelDrafter:
@@ -78,12 +77,12 @@ class ModelDrafter:
     ) -> tuple[Slots, Caches]:
         """Read a step's tokens and draft what its rows have room for; the slots and caches after it.
 
-        caches: those of `init_caches`. tier: what the rows need to be chosen. pack: `Engine._pack`.
+        caches: those of `init_caches`. tier: what the rows need to be chosen. pack: `Runner._pack`.
         """
         (cache,), params = caches, self._llm.params
         buckets, mirrors = self.programs.buckets, [_without_drafts(plan) for plan in plans]
         rows = max(len(mirror.rows) for mirror in mirrors)
-        shape = buckets.shape(rows, max(_chunk_tokens(mirror, buckets.alignment) for mirror in mirrors))
+        shape = buckets.shape(rows, max(map(buckets.chunk_tokens, mirrors)))
         packed, parts = shape.empty(len(plans))
         of = np.zeros((len(plans), shape.rows, OF_MODEL + shape.pools * shape.pages), np.int32)
         of[..., 0] = self._config.max_rows
@@ -92,7 +91,7 @@ class ModelDrafter:
             drafted = {row.sequence: row.drafted for row in plan.rows} if plan else {}
             for i, row in enumerate(mirror.decodes):
                 if wanted := drafted[row.sequence]:
-                    of[d, i, :OF_MODEL] = *_place(row), wanted, row.start + row.count
+                    of[d, i, :OF_MODEL] = row.sequence.slot, row.made, wanted, row.start + row.count
         tables = [parts[f"table{pool}"] for pool in range(shape.pools)]
         of[..., OF_MODEL:] = np.concatenate(tables, axis=-1)
         read = self.programs.forward(shape)(params, cache, slots.newest, packed)
@@ -147,14 +146,8 @@ class HeadDrafter:
         of[..., 0] = self._config.max_rows
         for d, of_shard in enumerate(rows):
             for i, row in enumerate(of_shard):
-                of[d, i] = *_place(row), row.drafted
+                of[d, i] = row.sequence.slot, row.made, row.drafted
         return self.programs.draft(count, tier)(self._params, self._target.params, slots, of), caches
-
-
-def _place(row: Row) -> tuple[int, int]:
-    """(slot, how many tokens its sequence made before) of a row."""
-    sequence = row.sequence
-    return sequence.slot, row.start + row.count - row.drafted - len(sequence.request.prompt)
 
 
 def _without_drafts(plan: StepPlan | None) -> StepPlan:
@@ -166,11 +159,7 @@ def _without_drafts(plan: StepPlan | None) -> StepPlan:
     return mirror
 
 
-def _chunk_tokens(plan: StepPlan, alignment: int) -> int:
-    return sum(-(-row.count // alignment) * alignment for row in plan.chunks)
-
-
-class _ModelPrograms(Compiled):
+class _ModelPrograms(ProgramSet):
     """The forward of a small model, and the loop that drafts."""
 
     def __init__(self, llm: LLM, buckets: Buckets, cache: PagedCache, slots: Slots):
@@ -203,7 +192,7 @@ class _ModelPrograms(Compiled):
         return make_model_draft(self._model, pools, features), (params, cache, slots, logits, of)
 
 
-class _HeadPrograms(Compiled):
+class _HeadPrograms(ProgramSet):
     """The loop that drafts by a head."""
 
     def __init__(self, llm: LLM, buckets: Buckets, head: DraftHeadModel, params: Params, slots: Slots):

@@ -7,13 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax.cache.paged import PagedCache
 from llm_jax.engine.pages import SCRATCH
 from llm_jax.engine.plan import StepPlan
-from llm_jax.engine.programs import WRITTEN, Programs
+from llm_jax.engine.programs import WRITTEN, Caches, Programs
 
 TAKEN = 4  # batches of pages that may be on their way to the host; they take device memory
-Caches = tuple[PagedCache, ...]
 
 
 class PageMover:

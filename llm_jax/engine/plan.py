@@ -86,6 +86,11 @@ class Row:
     first: bool  # whether the sequence had no row in its slot yet: its sampling state must be set
     drafted: int = 0
 
+    @property
+    def made(self) -> int:
+        """How many tokens its sequence made before the one that follows its last that is no draft."""
+        return self.start + self.count - self.drafted - len(self.sequence.request.prompt)
+
 
 @dataclasses.dataclass(slots=True, eq=False)
 class StepPlan:

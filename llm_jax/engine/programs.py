@@ -19,6 +19,7 @@ import numpy as np
 
 from llm_jax.cache.paged import PagedCache, copy_pages, put_pages, take_pages
 from llm_jax.config import EngineConfig
+from llm_jax.engine.plan import StepPlan
 from llm_jax.infer.generate import Timing
 from llm_jax.infer.llm import LLM
 from llm_jax.infer.paged_steps import (
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 ALIGNMENT = 16  # of rows with several tokens; see kernels/paged_attention
 WRITTEN = 8  # slots written at once
+Caches = tuple[PagedCache, ...]  # the model's, and that of a model that drafts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,10 @@ class Buckets:
         """For a small model that drafts: it reads single tokens where the large one reads drafts."""
         return dataclasses.replace(self, drafts=0, adapters=False, hidden=False)
 
+    def chunk_tokens(self, plan: StepPlan | None) -> int:
+        """What the chunks of a plan take, each rounded up."""
+        return sum(_up(row.count, self.alignment) for row in plan.chunks) if plan else 0
+
     def room(self, rows: int) -> tuple[int, ...]:
         """Tokens of chunks for which there are programs of so many rows."""
         drafted = rows * _up(self.drafts + 1, self.alignment) if self.drafts else 0
@@ -120,7 +126,7 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-class Compiled:
+class ProgramSet:
     """Programs by key, compiled ahead or as they are needed. To be called with the mesh set."""
 
     def __init__(self, llm: LLM, buckets: Buckets):
@@ -169,7 +175,7 @@ class Compiled:
         return self._array(shape.empty(data_shards(self.mesh))[0].shape, np.int32)
 
 
-class Programs(Compiled):
+class Programs(ProgramSet):
     """The steps of the model, and what writes to slots and pages. See the functions of `paged_steps`."""
 
     def __init__(
@@ -177,7 +183,7 @@ class Programs(Compiled):
         llm: LLM,
         config: EngineConfig,
         buckets: Buckets,
-        caches: tuple[PagedCache, ...],  # the model's, and that of a model that drafts
+        caches: Caches,
         slots: Slots,
         params: Any = None,  # where they are not the LLM's: with an `AdapterBank` in them
     ):
@@ -297,7 +303,7 @@ class Programs(Compiled):
             return ()
         return (self._of_rows(samples, states.shape[-1], dtype=states.dtype),)
 
-    def _on_pages(self, name: str, pool: int, caches: tuple[PagedCache, ...]) -> tuple[Any, tuple]:
+    def _on_pages(self, name: str, pool: int, caches: Caches) -> tuple[Any, tuple]:
         pages = self._of_rows(WRITTEN)
         fn = _make_on_pages(name, pool)
         if name == "take_pages":

@@ -120,11 +120,10 @@ class Runner:
         self._upload(
             [(d, row) for d, of_shard in enumerate(rows) for row in of_shard if self._is_new(row)]
         )
-        costs = [sum(self._up(row.count) for row in plan.chunks) if plan else 0 for plan in plans]
-        scored = any(self._live.of(row).is_scored(row) for of_shard in rows for row in of_shard)
-        most = (max(map(len, rows)), max(*costs, int(scored)))
-        tapped = any(is_tapped(row, self._taps(row)) for of_shard in rows for row in of_shard)
         buckets = self.programs.buckets
+        scored = any(self._live.of(row).is_scored(row) for of_shard in rows for row in of_shard)
+        most = (max(map(len, rows)), max(*map(buckets.chunk_tokens, plans), int(scored)))
+        tapped = any(is_tapped(row, self._taps(row)) for of_shard in rows for row in of_shard)
         shape = buckets.largest(most[1] > 0, scored) if tapped else buckets.shape(*most, scored)
         packed, parts = shape.empty(self.shards)
         places = shape.samples // shape.rows
@@ -167,7 +166,7 @@ class Runner:
             for i, row in enumerate(of_shard):
                 live = self._live.of(row)
                 if live.search is not None and row.samples:
-                    of[d, :, i] = row.sequence.slot, len(row.sequence.generated)
+                    of[d, :, i] = row.sequence.slot, row.made
                     tier = max(tier or GREEDY, live.tier, key=TIERS.index)
         return None if tier is None else self.programs.candidates(shape, tier)(logits, self.slots, of)
 
@@ -221,16 +220,13 @@ class Runner:
                 if live is not None and live.mask is not None:
                     yield d, i, live, row
 
-    def _up(self, tokens: int) -> int:
-        return -(-tokens // self.alignment) * self.alignment
-
     def _pack(self, plan: StepPlan, d: int, parts: dict[str, np.ndarray], of: np.ndarray) -> list:
         """Write a shard's rows into the arrays of a step; returns the tiers that they need."""
         at, tiers, places = 0, [], of.shape[2] - 2
         for i, row in enumerate(plan.rows):
             sequence, prompt = row.sequence, row.sequence.request.prompt
             if i >= len(plan.decodes):
-                at = self._up(at)
+                at = -(-at // self.alignment) * self.alignment
             end, drafted = at + row.count, row.drafted
             known = sequence.tokens[row.start : row.start + row.count] + sequence.draft[:drafted]
             first = -1 - sequence.slot * self.slots.newest.shape[-1]
@@ -250,11 +246,10 @@ class Runner:
                 after = prompt[row.start + 1 : row.start + row.count + 1]
                 parts["targets"][d, at : at + len(after)] = after
             if row.samples and not sequence.request.search:
-                made = row.start + row.count - drafted - len(prompt)
-                of[d, i, :2] = sequence.slot, made
+                of[d, i, :2] = sequence.slot, row.made
                 if drafted:
                     of[d, i, 2], of[d, i, 3 : 3 + drafted] = drafted, known[-drafted:]
-                tiers.append(self._live[sequence.request.id].tier)
+                tiers.append(self._live.of(row).tier)
             at = end
         for name in parts:
             if name.startswith("table"):
@@ -285,7 +280,7 @@ class Runner:
             self.slots = self.programs.write_slots(self.slots, shards, at, table)
         for d, row in fresh:
             sequence = row.sequence
-            if self._live[sequence.request.id].params.penalized:
+            if self._live.of(row).params.penalized:
                 tokens = np.full(self.programs.longest, vocab, np.int32)
                 tokens[: len(sequence.tokens)] = sequence.tokens
                 numbers = (np.int32(d), np.int32(sequence.slot))

@@ -16,6 +16,7 @@ from llm_jax.checkpoint.hf import load_config, load_hf
 from llm_jax.config import EngineConfig
 from llm_jax.engine.drafts import ON_DEVICE, PATIENCE, DraftLength
 from llm_jax.engine.engine import Engine
+from llm_jax.engine.trace import read_trace, replay
 from llm_jax.models import describe, init_params
 from llm_jax.models.draft_head import describe_draft_head, init_draft_head
 from llm_jax.ops.attention import FullContext
@@ -66,6 +67,15 @@ def near(llm, noise, **changes):
         shake = lambda x: x + noise * jax.random.normal(jax.random.key(next(keys)), x.shape)  # noqa: E731
         params = jax.tree.map(shake, llm.params)
     return LLM.from_params(model, params, None, mesh=llm.mesh)
+
+
+@pytest.mark.slow
+def test_traces_hold_drafts_of_the_device(llm, tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    engine = Engine(llm, EngineConfig(**(SIZES | {"trace": str(trace)})), drafter=llm)
+    engine.runner.drafter.cost = 0.0
+    engine.generate(PROMPTS[:1], ASKED[:1])
+    assert engine.drafted_tokens and replay(read_trace(trace)) is None
 
 
 def serve(llm, drafter, wanted, **changes):
