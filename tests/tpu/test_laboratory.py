@@ -78,7 +78,8 @@ def test_an_independent_count_agrees(lab, tmp_path, topology, ours, theirs):
     options = [f"--kw={name}={value}" for name, value in theirs[1].items()]
     command = [sys.executable, tool, f"{tool.with_name('cases.py')}:{theirs[0]}", f"--topo={topology}"]
     chosen = os.environ.get("LLM_JAX_LIBTPU")
-    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # the TPU compiler refuses the CPU's
+    # The TPU's compiler refuses the CPU's flags.
+    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment = inherited | ({"TPU_LIBRARY_PATH": chosen} if chosen else {})
     subprocess.run([*command, *options, f"--json={answer}"], check=True, env=environment, cwd=tmp_path)
     (counted,) = json.loads(answer.read_text())
