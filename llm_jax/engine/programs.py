@@ -135,6 +135,11 @@ class ProgramSet:
         self._compiled: dict[Any, Callable] = {}
         self._ahead = False
 
+    @property
+    def count(self) -> int:
+        """How many programs there are."""
+        return len(self._work())
+
     def compile_all(self) -> None:
         """Compile everything, on all cores."""
         start, work = time.perf_counter(), self._work()

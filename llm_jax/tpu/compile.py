@@ -66,7 +66,8 @@ class Program:
 
     memory: bytes of one device (argument_size_in_bytes, temp_size_in_bytes, ...). cost: XLA's own count,
     in which the body of a loop counts once. kernels: names of the Pallas kernels in the program; traced:
-    what they were called before it was compiled. versions: of jax and libtpu.
+    what they were called before it was compiled. versions: of jax and libtpu. coords: of each device in
+    the order of the program, the chip's place in the slice and then which device of the chip it is.
     """
 
     folder: Path
@@ -80,6 +81,7 @@ class Program:
     kernels: tuple[str, ...]
     traced: tuple[str, ...]
     versions: dict[str, str]
+    coords: tuple[tuple[int, ...], ...]
     lower_s: float
     compile_s: float
     cached: bool
@@ -178,6 +180,7 @@ def read_program(folder: Path, *, cached: bool = True) -> Program:
     """A kept program."""
     record = json.loads((folder / "program.json").read_text())
     record |= {name: tuple(record[name]) for name in ("kernels", "traced")}
+    record["coords"] = tuple(map(tuple, record["coords"]))
     return Program(folder=folder, cached=cached, **record)
 
 

@@ -29,7 +29,7 @@ from jax._src.pallas.mosaic import tpu_info  # there is no public way to name th
 from llm_jax.tpu.case import Case, kernel_integers
 from llm_jax.tpu.topology import topology_devices
 
-FORMAT = 2  # of what is kept; another number makes the old ones unread
+FORMAT = 3  # of what is kept; another number makes the old ones unread
 KERNEL_KEPT = (
     ("bundles", "*-{name}-*-final_bundles.txt"),
     ("slots", "*-{name}-*-final_hlo-static-per-bundle-utilization.txt"),
@@ -51,7 +51,7 @@ def main(order: dict[str, Any]) -> None:
     except ValueError as error:
         print(json.dumps({"wrong": str(error)}))
         return
-    _pretend(devices[0])
+    pretend(devices[0])
     try:
         print(json.dumps(_compiled(order, build, devices)))
     except Exception as error:  # of the user's function, of Mosaic or of libtpu: all are the answer
@@ -79,7 +79,8 @@ def _compiled(order: dict[str, Any], build: Callable[..., Any], devices: list[An
         compile_s = time.perf_counter() - start
         versions = {"jax": jax.__version__, "libtpu": devices[0].client.platform_version}
         times = {"lower_s": lower_s, "compile_s": compile_s}
-        _keep(place, order, case, compiled, times | {"versions": versions})
+        found = {"versions": versions, "coords": _coords(case, devices[0], order["topology"])}
+        _keep(place, order, case, compiled, times | found)
     return {"key": key, "cached": cached}
 
 
@@ -107,7 +108,7 @@ def load(target: str) -> Callable[..., Any]:
     return getattr(module, name)
 
 
-def _pretend(device: Any) -> None:
+def pretend(device: Any) -> None:
     """Kernels that choose their blocks by "the" device are told of the one that is compiled for."""
     for name in ("get_device_kind", "get_num_device_cores"):
         if not hasattr(tpu_info, name):
@@ -130,6 +131,15 @@ def _lower(case: Case, devices: list[Any]) -> jax.stages.Lowered:
 
     function = case.function if hasattr(case.function, "trace") else jax.jit(case.function)
     return function.trace(*jax.tree.map(placed, case.args)).lower(lowering_platforms=("tpu",))
+
+
+def _coords(case: Case, first: Any, topology: str) -> list[tuple[int, ...]]:
+    """Where the devices of the program are, in its order: that of the mesh of its arguments."""
+    shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(case.args))
+    meshes = (s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding))
+    devices = next((list(mesh.devices.flat) for mesh in meshes), [first])
+    axes = topology.count("x") + 1
+    return [(*device.coords[:axes], device.core_on_chip) for device in devices]
 
 
 def _key(text: str, topology: str, flags: str, case: Case, version: str) -> str:

@@ -1,0 +1,273 @@
+"""A quote: what a workload needs and how fast it runs on a slice, from its compiled steps."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from llm_jax.models import describe
+from llm_jax.models.cost import forward_flops
+from llm_jax.plan.kernels import Lengths, kernel_cost
+from llm_jax.plan.steps import abstract_mesh, device_bytes, serving_arrays, training_arrays
+from llm_jax.plan.workload import Workload, chips, devices, price_of
+from llm_jax.sharding import data_shards
+from llm_jax.tpu.chips import chip_of
+from llm_jax.tpu.compile import CompileError, Program, compile_for
+from llm_jax.tpu.hlo import each, operations, read_module
+from llm_jax.tpu.links import Slice
+from llm_jax.tpu.timing import Assumptions, Timeline, time_program
+
+RESERVED = 256 << 20  # bytes of HBM that the runtime keeps (v5e: 15.75 of 16 GiB are left)
+HOST_S = 300e-6  # of a step that the engine's scheduler and the dispatch take; see docs/plan.md
+TARGETS = ("prefill", "decode", "choose", "train")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepQuote:
+    """One compiled step on each device.
+
+    limit: "compute", "memory", "interconnect", "overhead" or "host". by_limit: seconds that go to each.
+    mfu: of the bfloat16 peak, by the operations that the model needs; hbm_share: of HBM's bandwidth.
+    collectives: of each kind, how many and how many bytes a step.
+    """
+
+    name: str
+    seconds: float
+    limit: str
+    by_limit: dict[str, float]
+    tokens: int
+    mfu: float
+    hbm_share: float
+    collectives: dict[str, dict[str, float]]
+    temp_bytes: int
+    code_bytes: int
+    compile_s: float
+    longest: tuple[tuple[float, int, str], ...]
+    unknown_kernels: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quote:
+    """What is said of a workload on a slice with a mesh; times are a model's, see docs/plan.md.
+
+    hbm_bytes: of the fullest device by category; free_bytes: what is left, negative where it does not
+    fit. refused: what the compiler said where it does not.
+    """
+
+    workload: Workload
+    topology: str
+    mesh: str
+    fits: bool
+    hbm_bytes: dict[str, int]
+    hbm_limit: int
+    free_bytes: int
+    steps: dict[str, StepQuote]
+    prefill_s: float | None = None
+    decode_step_s: float | None = None
+    train_step_s: float | None = None
+    tokens_per_s_per_sequence: float | None = None
+    tokens_per_s: float | None = None
+    tokens_per_s_per_chip: float | None = None
+    limit: str | None = None
+    usd_per_hour: float | None = None
+    usd_per_million_tokens: float | None = None
+    usd_per_million_prompt_tokens: float | None = None
+    advice: str = ""
+    refused: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """As JSON holds it; the collectives of the step that decides the speed stand at the top too."""
+        main = self.steps.get("decode") or self.steps.get("train") or self.steps.get("prefill")
+        return dataclasses.asdict(self) | {"collectives": main.collectives if main else {}}
+
+
+def quote(
+    work: Workload,
+    topology: str,
+    mesh: str,
+    steps: Sequence[str] = ("prefill", "decode"),
+    *,
+    assumptions: Assumptions = Assumptions(),  # noqa: B008 (frozen)
+    timeout_s: float = 1800.0,
+) -> Quote:
+    """Compile the steps for the slice and say what they need and take.
+
+    mesh: as --mesh has it; its sizes must make up all devices of the slice. Raises ValueError for a mesh
+    that does not, or a workload that the mesh cannot split, and where libtpu is missing.
+    """
+    memory = arrays_of(work, topology, mesh, steps)
+    limit = hbm_limit(topology)
+    partial = functools.partial(_quote, work, topology, mesh, memory, limit)
+    if sum(memory.values()) > limit:
+        return partial({}, "")
+    found: dict[str, StepQuote] = {}
+    names = [name for step in steps for name in ((step, "choose") if step == "decode" else (step,))]
+    for name in names:
+        order = {"workload": dataclasses.asdict(work), "mesh": mesh}
+        try:
+            program = compile_for(f"llm_jax.plan.steps:{name}", topology, order, timeout_s=timeout_s)
+        except CompileError as error:
+            if "memory space hbm" not in str(error):
+                raise
+            return partial(found, str(error))
+        found[name] = _step(name, work, program, mesh, assumptions)
+    return partial(found, "")
+
+
+def hbm_limit(topology: str) -> int:
+    """Bytes of HBM that programs may use on a device."""
+    return chip_of(topology).hbm_bytes - RESERVED
+
+
+def arrays_of(work: Workload, topology: str, mesh: str, steps: Sequence[str]) -> dict[str, int]:
+    """Bytes of one device by category, before anything is compiled.
+
+    Raises ValueError for a mesh that does not make up the slice, or cannot split the model.
+    """
+    on = abstract_mesh(mesh)
+    if on.size != devices(topology):
+        raise ValueError(
+            f"mesh={mesh!r} has {on.size} devices, topology={topology!r} {devices(topology)}: their "
+            "product must be that"
+        )
+    needs: dict[str, int] = {}
+    if "train" in steps:
+        _, _, state = training_arrays(work, on)
+        needs["weights"] = device_bytes(state.params)
+        needs["optimizer"] = device_bytes((state.opt_state, state.ema))
+    if set(steps) - {"train"}:
+        _, params, cache = serving_arrays(work, on)
+        served = {"weights": device_bytes(params), "cache": device_bytes(cache)}
+        needs = {name: max(needs.get(name, 0), served.get(name, 0)) for name in needs | served}
+    return needs
+
+
+def _step(name: str, work: Workload, program: Program, mesh: str, assumed: Assumptions) -> StepQuote:
+    module = operations(read_module(program.text("hlo.txt")))
+    line = time_step(work, program, module, assumed)
+    chip, on = program.chip, abstract_mesh(mesh)
+    shards = data_shards(on)
+    tokens, seen = _tokens(name, work, shards)
+    config = work.config
+    flops = 0.0
+    if name != "choose":
+        flops = forward_flops(describe(config), tokens, seen) * (3 if name == "train" else 1)
+    collectives: dict[str, dict[str, float]] = {}
+    for operation, times in each(module):
+        if operation.collective is not None:
+            entry = collectives.setdefault(operation.collective.kind, {"count": 0, "bytes": 0.0})
+            entry["count"] += times
+            entry["bytes"] += times * operation.collective.bytes
+    limits = dict(sorted(line.by_limit.items(), key=lambda item: -item[1]))
+    return StepQuote(
+        name=name,
+        seconds=line.seconds,
+        limit=line.limit,
+        by_limit=limits,
+        tokens=tokens,
+        mfu=flops / (line.seconds * chip.peak_flops * on.size),
+        hbm_share=line.hbm_bytes / (line.seconds * chip.hbm_bandwidth),
+        collectives=collectives,
+        temp_bytes=program.memory["temp_size_in_bytes"],
+        code_bytes=program.memory["generated_code_size_in_bytes"],
+        compile_s=program.compile_s,
+        longest=tuple(line.operations[:8]),
+        unknown_kernels=tuple(sorted(line.unknown)),
+    )
+
+
+def time_step(work: Workload, program: Program, module: tuple, assumed: Assumptions) -> Timeline:
+    """The time model of a compiled step at the workload's lengths."""
+    lengths = Lengths(work.context, work.context / 2, work.config.layer_windows)
+    cost = functools.partial(kernel_cost, generation=program.chip.name, lengths=lengths)
+    place = Slice(program.topology, program.coords)
+    return time_program(module, program.chip, place, cost, assumed)
+
+
+def _tokens(name: str, work: Workload, shards: int) -> tuple[int, int]:
+    """(tokens of a step on all devices, keys that each sees)."""
+    match name:
+        case "train":
+            return work.batch * work.context, work.context // 2
+        case "prefill":
+            of_shard = min(work.prefill_tokens, work.rows(shards) * work.context)
+            return shards * of_shard, work.context // 2
+        case _:
+            return shards * work.rows(shards), work.context
+
+
+def _quote(work, topology, mesh, memory, limit, found: dict[str, StepQuote], refused: str) -> Quote:
+    """What follows from memory and steps."""
+    needs = dict(memory)
+    if found:
+        needs["temporaries"] = max(step.temp_bytes for step in found.values())
+        needs["programs"] = sum(step.code_bytes for step in found.values())
+    used = sum(needs.values())
+    fits = bool(found) and not refused and used <= limit
+    rate = price_of(topology)
+    hourly = None if rate is None else rate * chips(topology)
+    shards = data_shards(abstract_mesh(mesh))
+    values: dict[str, Any] = {"usd_per_hour": hourly}
+    decode, prefill, train = (found.get(name) for name in ("decode", "prefill", "train"))
+    if prefill is not None:
+        values["prefill_s"] = prefill.seconds * work.prefill_steps(shards)
+        rate = shards * work.rows(shards) * work.context / values["prefill_s"]
+        values["usd_per_million_prompt_tokens"] = _usd(hourly, rate)
+    if decode is not None:
+        device = decode.seconds + found["choose"].seconds if "choose" in found else decode.seconds
+        step = max(device, HOST_S)
+        values |= {"decode_step_s": step, "tokens_per_s_per_sequence": 1 / step}
+        values |= _speed(decode.tokens / step, topology, hourly)
+        values["limit"] = "host" if step > device else decode.limit
+    if train is not None:
+        values["train_step_s"] = train.seconds
+        if decode is None:
+            values |= _speed(train.tokens / train.seconds, topology, hourly)
+            values["limit"] = train.limit
+    elif decode is None and prefill is not None:
+        values["limit"] = prefill.limit
+    advice = "" if fits else _advice(work, topology, needs, limit, refused)
+    return Quote(
+        work,
+        topology,
+        mesh,
+        fits,
+        needs,
+        limit,
+        limit - used,
+        found,
+        **values,
+        advice=advice,
+        refused=refused,
+    )
+
+
+def _speed(tokens_per_s: float, topology: str, hourly: float | None) -> dict[str, float | None]:
+    return {
+        "tokens_per_s": tokens_per_s,
+        "tokens_per_s_per_chip": tokens_per_s / chips(topology),
+        "usd_per_million_tokens": _usd(hourly, tokens_per_s),
+    }
+
+
+def _usd(hourly: float | None, tokens_per_s: float) -> float | None:
+    return None if hourly is None else hourly / 3600 / tokens_per_s * 1e6
+
+
+def _advice(work: Workload, topology: str, needs: dict[str, int], limit: int, refused: str) -> str:
+    """By how much it does not fit, and what to change."""
+    over = sum(needs.values()) - limit
+    largest = max(needs, key=lambda name: needs[name])
+    gib = lambda n: f"{n / (1 << 30):.1f} GiB"  # noqa: E731
+    what = {
+        "weights": "a larger tensor or fsdp axis, or more chips",
+        "cache": "a smaller batch or context, cache=int8, or a larger data axis",
+        "optimizer": "a larger fsdp axis, optimizer=adafactor or lion, or more chips",
+        "temporaries": "fewer prefill_tokens, or a smaller batch",
+        "programs": "fewer steps",
+    }[largest]
+    if over > 0:
+        return f"{gib(over)} more than the {gib(limit)} of a device: most are {largest}, so take {what}"
+    said = refused.split("Exceeded hbm capacity by ")
+    more = f"by {said[1].split()[0].rstrip('.')}" if len(said) > 1 else "by its temporaries"
+    return f"the compiled step does not fit ({more}): most are {largest}, so take {what}"
