@@ -79,7 +79,8 @@ def time_program(
     clock = _Clock(chip, place, kernel_cost, assumptions)
     clock.run(program, 1)
     clock.line.seconds = clock.now
-    clock.line.operations.sort(reverse=True)
+    each = ((seconds, times, name) for name, (seconds, times) in clock.own.items())
+    clock.line.operations = sorted(each, reverse=True)
     return clock.line
 
 
@@ -93,6 +94,7 @@ class _Clock:
         self.now = 0.0
         self.memory = 0.0  # when HBM has done what it was asked for
         self.links = 0.0
+        self.own: dict[str, tuple[float, int]] = {}  # of each operation: seconds, how often
         self.ends: dict[str, tuple[float, str]] = {}  # of what runs beside: when, and what it takes
 
     def run(self, program: tuple[Operation | Loop, ...], times: int) -> None:
@@ -176,7 +178,8 @@ class _Clock:
         for name, seconds in ((limit, waited), ("overhead", own)):
             self.line.by_limit[name] = self.line.by_limit.get(name, 0.0) + seconds
         self.now += waited + own
-        self.line.operations.append(((waited + own) * times, times, x.kernel or x.name))
+        before, count = self.own.get(x.kernel or x.name, (0.0, 0))
+        self.own[x.kernel or x.name] = (before + (waited + own) * times, count + times)
 
     def work(self, what: str, seconds: float) -> None:
         self.line.busy[what] = self.line.busy.get(what, 0.0) + seconds
