@@ -44,15 +44,15 @@ take_command() {
 }
 
 set_flag() {
-    local name=${2#--}
-    [[ $1 == *" $name "* ]] || fail "flag --$name: unknown, or --NAME=VALUE where --NAME is meant, or the reverse; see --help"
-    printf -v "$name" '%s' "$3"
+    local flag=${2#--}
+    [[ $1 == *" $flag "* ]] || fail "flag --$flag: unknown, or --NAME=VALUE where --NAME is meant, or the reverse; see --help"
+    printf -v "$flag" '%s' "$3"
 }
 
 need() { # flags that must have been given
-    local name
-    for name in "$@"; do
-        [[ -n ${!name} ]] || fail "--$name is missing; see --help"
+    local flag
+    for flag in "$@"; do
+        [[ -n ${!flag} ]] || fail "--$flag is missing; see --help"
     done
 }
 
@@ -66,10 +66,10 @@ one_name() { # exactly one word, the name of a run
     [[ $name =~ ^[A-Za-z0-9][A-Za-z0-9._-]*$ ]] || fail "name $name: letters, digits and . _ - only"
 }
 
-is_number() { # flag names whose values are whole numbers
-    local name
-    for name in "$@"; do
-        [[ ${!name} =~ ^[0-9]+$ ]] || fail "--$name=${!name}: expected a whole number"
+is_number() { # flags whose values are whole numbers
+    local flag
+    for flag in "$@"; do
+        [[ ${!flag} =~ ^[0-9]+$ ]] || fail "--$flag=${!flag}: expected a whole number"
     done
 }
 

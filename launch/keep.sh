@@ -13,7 +13,8 @@
 #   --poll=SECONDS       between looks at the state (default 30)
 #
 # It runs here, for as long as the run does: in tmux, or on a small VM. A run that fails on a slice that stays is not
-# started again, unless its status is 75: told to end, and saved. Exit status: the run's; 3 after too many restarts.
+# started again, unless with 75 (told to end, and saved) or 69 (other processes were lost). Exit status: the run's; 3
+# after too many restarts.
 set -euo pipefail
 # shellcheck source=launch/gcloud.sh
 source "$(dirname "${BASH_SOURCE[0]}")/gcloud.sh"
@@ -60,9 +61,12 @@ watch() { # until the run has ended or the slice is lost; sets ended to the stat
             ((++misses < 10)) || { ended=UNREACHABLE && return; }
         elif [[ $result == running ]]; then
             misses=0
-        # Runs die of a slice that is going away before its state says so: look again.
-        elif [[ $result == 0 ]] || ((++failures > 3)); then
-            ended=$result && return
+        elif [[ $result == 0 ]]; then
+            ended=0 && return
+        elif ((++failures > 3)); then # runs die of a slice that is going away before its state says so
+            # What went wrong on the worker where it began: not 69, which is what the others end with.
+            ended=$(job all result "$name" | sort -n | grep -vx -e running -e 0 -e 69 | head -n 1) || ended=$result
+            return
         fi
     done
 }
@@ -88,7 +92,7 @@ for ((restarts = 0; ; restarts++)); do
         break
     fi
     say "$name: $ended"
-    [[ $ended == *[A-Z]* || $ended == 75 ]] || break
+    [[ $ended =~ ^([A-Z_]+|69|75)$ ]] || break
     ((restarts < max_restarts)) || { say "gave up after $restarts restarts" && ended=3 && break; }
     say "restart $((restarts + 1)) of at most $max_restarts"
     [[ $ended != UNREACHABLE ]] || script delete --yes
