@@ -39,8 +39,8 @@ copy() { # sources, destination, flags of scp
     run gcloud compute tpus tpu-vm scp "$@" --zone="$ZONE" ${PROJECT:+"--project=$PROJECT"}
 }
 
-on_workers() { # which (all, 0, 1-3), a command for a shell there
-    node ssh --worker="$1" --command="$2"
+on_workers() { # which (all, 0, 1-3), a command for a shell there; a dead connection is noticed
+    node ssh --worker="$1" --ssh-flag=-oConnectTimeout=30 --ssh-flag=-oServerAliveInterval=30 --command="$2"
 }
 
 job() { # which workers, a verb of worker/job.sh, its arguments

@@ -13,8 +13,8 @@
 #   --poll=SECONDS       between looks at the state (default 30)
 #
 # It runs here, for as long as the run does: in tmux, or on a small VM. A run that fails on a slice that stays is not
-# started again, unless with 75 (told to end, and saved) or 69 (other processes were lost). Exit status: the run's; 3
-# after too many restarts.
+# started again, unless with 75 (told to end, and saved), 69 (other processes were lost) or no status at all (the VM
+# was restarted). Exit status: the run's; 3 after too many restarts.
 set -euo pipefail
 # shellcheck source=launch/gcloud.sh
 source "$(dirname "${BASH_SOURCE[0]}")/gcloud.sh"
@@ -35,14 +35,15 @@ script() { # one of those beside this one, its arguments
     bash "$here/$1.sh" ${dry_run:+--dry_run} "${@:2}"
 }
 
+passing() { # a state that becomes another one by itself
+    [[ $1 =~ ^(SUSPENDING|DELETING|STOPPING|STARTING|RESTARTING|REIMAGING|REPAIRING)$ ]]
+}
+
 start() { # fails with 3 where the slice does not come
     local now
-    now=$(patient_state) || return
-    while [[ $now == SUSPENDING || $now == DELETING ]]; do # neither can be deleted
-        sleep "$poll"
-        now=$(patient_state) || return
-    done
+    while now=$(patient_state) && passing "$now"; do sleep "$poll"; done
     case $now in
+    '') return 1 ;;
     ACTIVE) [[ $(job 0 result "$name" 2>/dev/null) != running ]] || return 0 ;; # keep.sh was started again
     CREATING | ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING) wait_until_active || return ;;
     NONE) script create "${create[@]}" || return ;;
@@ -55,7 +56,9 @@ watch() { # until the run has ended or the slice is lost; sets ended to the stat
     local result='' misses=0 failures=0
     while sleep "$poll"; do
         ended=$(patient_state) || continue
-        if [[ $ended != ACTIVE ]]; then
+        if passing "$ended"; then
+            continue
+        elif [[ $ended != ACTIVE ]]; then
             return
         elif ! result=$(job 0 result "$name"); then
             ((++misses < 10)) || { ended=UNREACHABLE && return; }
@@ -92,7 +95,7 @@ for ((restarts = 0; ; restarts++)); do
         break
     fi
     say "$name: $ended"
-    [[ $ended =~ ^([A-Z_]+|69|75)$ ]] || break
+    [[ $ended =~ ^([A-Z_]+|lost|69|75)$ ]] || break
     ((restarts < max_restarts)) || { say "gave up after $restarts restarts" && ended=3 && break; }
     say "restart $((restarts + 1)) of at most $max_restarts"
     [[ $ended != UNREACHABLE ]] || script delete --yes

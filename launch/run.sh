@@ -2,7 +2,7 @@
 # Run a command on all workers of a slice, in ~/llm_jax with the environment's bin/ on PATH. It outlives the
 # connection; a second one is refused while it runs.
 #
-#   bash launch/run.sh NAME --tpu=NAME --zone=ZONE -- python scripts/train.py --config=... --workdir=bucket/NAME
+#   bash launch/run.sh NAME --tpu=NAME --zone=ZONE -- python scripts/train.py --config=... --workdir=../bucket/NAME
 #
 # Then it shows the log of worker 0 and ends, when all workers have, with the exit status of the run. Ctrl-C ends
 # the showing, not the run.

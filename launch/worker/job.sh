@@ -4,7 +4,7 @@
 #   job.sh idle                   fail where a run is going on, and name it
 #   job.sh start NAME COMMAND...  start COMMAND in the folder of the code, with the environment's bin/ on PATH
 #   job.sh follow NAME LINES      print the last LINES of the log and what comes, until the run ends
-#   job.sh result NAME            print its exit status, or `running`
+#   job.sh result NAME            print its exit status, `running`, or `lost`: killed in a way that left no status
 #   job.sh wait NAME              wait for the end and exit with its status; show the end of the log where that is not 0
 #   job.sh stop NAME              SIGTERM, and wait for the end
 #   job.sh status                 a line for each run
@@ -15,11 +15,11 @@ code=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 verb=$1 name=${2:-} dir=$HOME/llm_jax_runs/${2:-}
 say() { printf '%s: %s\n' "$HOSTNAME" "$*"; }
 
-result() { # of the run in a folder; one that was killed, or whose VM was restarted, leaves no status
+result() { # of the run in a folder
     local alive=''
     # Its shell is looked for by name: after a restart of the VM the number may be another process's.
     ! grep -qsa llm_jax_run "/proc/$(<"$1/pid")/cmdline" || alive=1
-    if [[ -f $1/exit_status ]]; then cat "$1/exit_status"; elif [[ -n $alive ]]; then echo running; else echo 137; fi
+    if [[ -f $1/exit_status ]]; then cat "$1/exit_status"; elif [[ -n $alive ]]; then echo running; else echo lost; fi
 }
 
 finish() { # wait for the end and print the exit status
@@ -80,14 +80,14 @@ follow)
     sleep 0.5 && kill $! # when tail has looked again
     ;;
 stop)
-    kill -TERM -- "-$(<"$dir/pid")" 2>/dev/null || true
+    [[ $(result "$dir") != running ]] || kill -TERM -- "-$(<"$dir/pid")"
     say "$name: exit status $(finish)"
     ;;
 wait)
     status=$(finish)
-    ((status == 0)) || tail --lines=20 "$dir/log" | sed "s/^/$HOSTNAME: /"
+    [[ $status == 0 ]] || tail --lines=20 "$dir/log" | sed "s/^/$HOSTNAME: /"
     say "$name: exit status $status"
-    exit "$status"
+    exit "${status/lost/137}"
     ;;
 *) echo "job.sh: unknown verb $verb" >&2 && exit 2 ;;
 esac

@@ -28,7 +28,8 @@ if [[ -n $bucket ]] && ! mountpoint --quiet ~/bucket; then
         install gcsfuse
     fi
     mkdir -p ~/bucket
-    gcsfuse --implicit-dirs "$bucket" ~/bucket >&2
+    # Nothing is remembered of the bucket: each worker has to see at once what another one wrote.
+    gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 "$bucket" ~/bucket >&2
 fi
 
 python - <<'PYTHON'

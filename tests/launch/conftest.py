@@ -1,5 +1,6 @@
 """A pretended cloud: gcloud is bin/gcloud, workers are folders, and what ssh runs there really runs."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -63,11 +64,11 @@ class Cloud:
         return [word for call in self.calls() for word in call.split()[4:5] if word != "describe"]
 
     def kill_runs(self) -> None:
-        for pid in self.folder.glob("worker-*/llm_jax_runs/*/pid"):
-            try:
-                os.killpg(int(pid.read_text()), signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        for file in self.folder.glob("worker-*/llm_jax_runs/*/pid"):
+            process = Path("/proc") / file.read_text().strip()
+            with contextlib.suppress(OSError):  # it has ended
+                if b"llm_jax_run" in (process / "cmdline").read_bytes():
+                    os.killpg(int(process.name), signal.SIGKILL)
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ LOOK = [
 
 
 def ssh(worker, command):
-    return f"{NODE} ssh demo --worker={worker} '--command={command}' {TAIL}"
+    flags = f"--worker={worker} --ssh-flag=-oConnectTimeout=30 --ssh-flag=-oServerAliveInterval=30"
+    return f"{NODE} ssh demo {flags} '--command={command}' {TAIL}"
 
 
 # Accelerator types and runtime versions: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,runtimes}.
@@ -74,8 +75,7 @@ SCRIPTS = {
         ["train", "--", "python", "scripts/train.py", "--workdir=a b"],
         [
             ssh("all", f"{JOB} idle"),
-            f"{NODE} ssh demo --worker=all"
-            f" '--command={JOB} start train python scripts/train.py '\\''--workdir=a b'\\''' {TAIL}",
+            ssh("all", f"{JOB} start train python scripts/train.py '\\''--workdir=a b'\\''"),
             ssh("0", f"{JOB} follow train +1"),
             ssh("all", f"{JOB} wait train"),
         ],

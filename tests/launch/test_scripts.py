@@ -116,11 +116,16 @@ def test_status_and_stop(ready):
     assert "worker-0: x: 75:" in ready.run("status").stdout
 
 
-def test_a_killed_run_counts_as_137(ready):
+def test_a_run_that_left_no_status(ready):
+    """As after a restart of the VM; also where another process has its number since."""
     ready.run("run", "x", "--detach", "--", "sleep", "60")
     ready.kill_runs()
     wait_for(lambda: "x: running" not in ready.run("status").stdout)
-    assert "worker-0: x: 137:" in ready.run("status").stdout
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as other:
+        (ready.home(1) / "llm_jax_runs" / "x" / "pid").write_text(f"{other.pid}\n")
+        status = ready.run("status").stdout
+        other.kill()
+    assert "worker-0: x: lost:" in status and "worker-1: x: lost:" in status
     assert ready.run("run", "y", "--", "true").returncode == 0
 
 
@@ -217,6 +222,12 @@ def test_setup_again_removes_what_is_gone_and_keeps_the_rest(cloud, repository):
     assert run.returncode == 0, run.stderr
     assert not (cloud.home(1) / "llm_jax" / "new file.py").exists() and result.exists()
     assert len((cloud.home(1) / "pip").read_text().splitlines()) == 2  # upgraded and installed once
+
+
+def test_setup_mounts_a_bucket(cloud, repository):
+    assert cloud.run("setup", "--bucket=lab", root=repository).returncode == 0
+    words = (cloud.home(1) / "gcsfuse").read_text().split()
+    assert words[-2:] == ["lab", str(cloud.home(1) / "bucket")] and (cloud.home(1) / "bucket").is_dir()
 
 
 def test_setup_notices_other_code_on_a_worker(cloud, repository):
@@ -318,15 +329,18 @@ def test_keep_gives_up(spot):
     assert spot.verbs().count("create") == 3 and spot.verbs()[-1] == "delete"
 
 
-def test_keep_runs_again_what_was_told_to_end(spot):
+@pytest.mark.parametrize("end", ["exit 75", "exit 69", "kill -KILL $PPID $$"])
+def test_keep_runs_again_what_was_told_to_end_or_lost(spot, end):
+    spot.states("ACTIVE READY", "ACTIVE REPAIRING", "ACTIVE READY", created=1)
     count = spot.folder / "count"
-    run = spot.keep(f"echo >>{count}; (( $(wc -l <{count}) > 2 )) || exit 75")
+    run = spot.keep(f"echo >>{count}; (( $(wc -l <{count}) > 2 )) || {end}")
     assert run.returncode == 0, run.stderr
     assert spot.verbs().count("create") == 1
 
 
-def test_keep_does_not_repeat_a_failure(spot):
-    run = spot.keep("echo bad settings; exit 2")
+@pytest.mark.parametrize("command", ["exit 2", "[[ $HOSTNAME == worker-0 ]] && exit 69; exit 2"])
+def test_keep_does_not_repeat_a_failure(spot, command):
+    run = spot.keep(command)
     assert run.returncode == 2
     assert spot.verbs().count("create") == 1 and "delete" not in spot.verbs()
 
