@@ -304,9 +304,12 @@ def test_keep_goes_on_with_a_run_that_is_there(spot):
         first.kill()
     assert spot.verbs().count("create") == 1 and "delete" not in spot.verbs()
     spot.states("ACTIVE READY")
-    gate.touch()
-    again = spot.keep(command)
-    assert again.returncode == 0, again.stderr
+    seen = len(spot.calls())
+    with spot.keep(command, run=spot.start) as again:
+        wait_for(lambda: len(spot.calls()) > seen + 3)
+        gate.touch()
+        again.communicate(timeout=60)
+    assert again.returncode == 0
     assert spot.verbs().count("scp") == 1
 
 
