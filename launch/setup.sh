@@ -15,7 +15,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/gcloud.sh"
 # shellcheck source=launch/version.sh
 source "$here/version.sh"
-repository='' ref='' bucket=''
+repository='' ref='' bucket='' expected=''
 parse_for_slice "repository ref bucket" "" "$@"
 nothing_else
 [[ -z $ref || -n $repository ]] || fail "--ref=$ref: only with --repository"
@@ -35,9 +35,14 @@ if [[ -n $repository ]]; then
     get="{ [ -d llm_jax/.git ] || git clone -q $(quoted "$repository") llm_jax; } && cd llm_jax"
     get+=" && git fetch -q origin $(quoted "${ref:-main}") && git checkout -q FETCH_HEAD"
 else
-    scratch=$(mktemp -d)
-    trap 'rm -rf "$scratch"' EXIT
-    pack
+    if [[ -z $dry_run ]]; then
+        scratch=$(mktemp -d)
+        trap 'rm -rf "$scratch"' EXIT
+        pack
+    else
+        scratch=FOLDER
+        echo "# FOLDER/code.tar.gz: what git tracks or would track, as \`pack\` in launch/setup.sh makes it"
+    fi
     copy "$scratch/code.tar.gz" "$TPU:code.tar.gz" --worker=all
     get="mkdir -p llm_jax && cd llm_jax && { [ ! -f $LISTED ] || xargs -0 rm -f <$LISTED; } && tar -xzf ../code.tar.gz"
 fi

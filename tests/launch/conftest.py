@@ -43,10 +43,12 @@ class Cloud:
         (self.folder / name).write_text("".join(f"{line}\n" for line in lines))
 
     def start(self, script: str, *words: str, root: Path = ROOT, stdin=subprocess.DEVNULL):
-        """bash launch/SCRIPT.sh WORDS, with pipes for its output."""
+        """bash launch/SCRIPT.sh WORDS, in a session of its own, with pipes for its output."""
         command = ["bash", root / "launch" / f"{script}.sh", *words]
         pipes = {"stdin": stdin, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, env=self.environment, text=True, **pipes)
+        return subprocess.Popen(
+            command, env=self.environment, text=True, start_new_session=True, **pipes
+        )
 
     def run(self, script: str, *words: str, **options) -> subprocess.CompletedProcess:
         """The same, to its end."""

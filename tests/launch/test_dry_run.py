@@ -16,6 +16,9 @@ TAIL = "--zone=us-west4-a --project=lab"
 QUEUED = "gcloud compute tpus queued-resources"
 NODE = "gcloud compute tpus tpu-vm"
 JOB = "bash llm_jax/launch/worker/job.sh"
+IDLE = f"{{ [ ! -f llm_jax/launch/worker/job.sh ] || {JOB} idle; }}"
+UNPACK = "mkdir -p llm_jax && cd llm_jax && { [ ! -f .code_files ] || xargs -0 rm -f <.code_files; }"
+UNPACK += " && tar -xzf ../code.tar.gz"
 LOOK = [
     f"{QUEUED} describe demo '--format=value(state.state)' {TAIL}",
     f"{NODE} describe demo '--format=value(state)' {TAIL}",
@@ -71,6 +74,13 @@ SCRIPTS = {
             ssh("all", f"{JOB} status"),
         ],
     ),
+    "setup": (
+        ["--bucket=lab"],
+        [
+            f"{NODE} scp FOLDER/code.tar.gz demo:code.tar.gz --worker=all {TAIL}",
+            ssh("all", f"{IDLE} && {UNPACK} && bash launch/worker/setup.sh tpu lab"),
+        ],
+    ),
     "run": (
         ["train", "--", "python", "scripts/train.py", "--workdir=a b"],
         [
@@ -99,6 +109,13 @@ def test_the_other_scripts(cloud, script):
     assert cloud.calls() == []
 
 
+def test_setup_from_a_repository(cloud):
+    run = cloud.run("setup", *SLICE, "--repository=https://example.org/a.git", "--dry_run")
+    clone = "{ [ -d llm_jax/.git ] || git clone -q https://example.org/a.git llm_jax; } && cd llm_jax"
+    clone += " && git fetch -q origin main && git checkout -q FETCH_HEAD"
+    assert commands(run) == [ssh("all", f"{IDLE} && {clone} && bash launch/worker/setup.sh tpu")]
+
+
 def test_fetch_from_a_bucket_needs_no_slice(cloud):
     run = cloud.run("fetch", "gs://lab/x", "--to=here", "--dry_run")
     assert commands(run) == ["mkdir -p here", "gcloud storage rsync --recursive gs://lab/x here/x"]
@@ -123,7 +140,7 @@ def test_keep(cloud):
     assert cloud.calls() == []
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "create", "setup", "keep"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "create", "keep"])
 def test_every_flag_is_one_that_gcloud_has(cloud, script):
     words = {"create": ["--topology=v4:2x2x1"], "keep": ["a", "--topology=v6e:2x2", "--", "true"]}
     arguments = [*SLICE, "--dry_run", *words.get(script, SCRIPTS.get(script, ([],))[0])]
@@ -188,7 +205,7 @@ def test_slice_and_zone_are_needed(cloud):
     assert run.returncode == 2 and "--zone is missing" in run.stderr
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "create", "setup", "keep"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "create", "keep"])
 def test_help_is_the_header(cloud, script):
     run = cloud.run(script, "--help")
     assert run.returncode == 0

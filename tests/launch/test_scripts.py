@@ -3,6 +3,7 @@
 import os
 import pty
 import shutil
+import signal
 import subprocess
 import time
 
@@ -301,7 +302,7 @@ def test_keep_goes_on_with_a_run_that_is_there(spot):
     command = f"until [[ -e {gate} ]]; do sleep 0.05; done"
     with spot.keep(command, run=spot.start) as first:
         wait_for(lambda: len(spot.calls()) > 30)
-        first.kill()
+        os.killpg(first.pid, signal.SIGKILL)
     assert spot.verbs().count("create") == 1 and "delete" not in spot.verbs()
     spot.states("ACTIVE READY")
     seen = len(spot.calls())
