@@ -80,3 +80,22 @@ def cloud(tmp_path):
     cloud.states("ACTIVE READY")
     yield cloud
     cloud.kill_runs()
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A small copy of this repository, with a file that is not committed and one that was removed."""
+    root = tmp_path / "repository"
+    shutil.copytree(ROOT / "launch", root / "launch")
+    (root / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "env.sh", root / "scripts")
+    for name in ("setup.py", "gone.py", "changed.py", ".gitignore"):
+        (root / name).write_text("ignored.py\n")
+    (root / "ignored.py").write_text("")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
+        subprocess.run(["git", *words], cwd=root, check=True)
+    (root / "gone.py").unlink()
+    (root / "changed.py").write_text("changed\n")
+    (root / "new file.py").write_text("new\n")
+    return root

@@ -2,14 +2,11 @@
 
 import os
 import pty
-import shutil
 import signal
 import subprocess
 import time
 
 import pytest
-
-from tests.launch.conftest import ROOT
 
 CREATE = ["--topology=v5e:4x4", "--spot"]
 
@@ -180,25 +177,6 @@ def at_terminal(cloud, answer):
     run = cloud.run("delete", stdin=theirs)
     os.close(ours), os.close(theirs)
     return run.returncode
-
-
-@pytest.fixture
-def repository(tmp_path):
-    """A small copy of this repository, with a file that is not committed and one that was removed."""
-    root = tmp_path / "repository"
-    shutil.copytree(ROOT / "launch", root / "launch")
-    (root / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts" / "env.sh", root / "scripts")
-    for name in ("setup.py", "gone.py", "changed.py", ".gitignore"):
-        (root / name).write_text("ignored.py\n")
-    (root / "ignored.py").write_text("")
-    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
-        subprocess.run(["git", *words], cwd=root, check=True)
-    (root / "gone.py").unlink()
-    (root / "changed.py").write_text("changed\n")
-    (root / "new file.py").write_text("new\n")
-    return root
 
 
 def test_setup_brings_this_folder(cloud, repository):
