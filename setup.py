@@ -52,6 +52,7 @@ EXTRAS_REQUIRE = {
         "pyright[nodejs]>=1.1.400",
         "pytest>=8.3.0",
         "pytest-xdist>=3.6.0",
+        "pyyaml>=6.0.1",
         "ruff>=0.15.0",
         "sacrebleu>=2.4.0",
         "safetensors>=0.5.0",

@@ -18,7 +18,7 @@ from llm_jax.config import nearest
 
 logger = logging.getLogger(__name__)
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -39,11 +39,13 @@ PARAMS: Rules = {
     "lora": None,
     "classes": None,
 }
-# Where the activations and caches live: the batch over both data axes, heads and mlp over tensor.
+# Where the activations and caches live: the batch over both data axes, its tokens over context, heads
+# and mlp over tensor. Caches and what attends to them have every token ("slots") on each device.
 COMPUTE: Rules = {
     "layers": None,
     "batch": ("data", "fsdp"),
-    "seq": None,
+    "seq": "context",
+    "slots": None,
     "embed": None,
     "vocab": "tensor",
     "heads": "tensor",
@@ -71,7 +73,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(shape: Mapping[str, int] | str = "", devices: Sequence | None = None) -> Mesh:
-    """Mesh with axes data, fsdp, tensor over the first devices that the shape needs.
+    """Mesh with axes data, fsdp, context, tensor over the first devices that the shape needs.
 
     Sizes not named are 1; one may be -1 and takes the devices that are left. Raises ValueError
     when the sizes do not fit the devices there are.
@@ -170,6 +172,27 @@ def on_shards(fn: Callable, in_axes: Sequence[tuple], out_like: Sequence[int]) -
     return run
 
 
+def sequence_shards(tokens: int) -> int:
+    """In how many parts the mesh that is set splits sequences of so many tokens; 1 = not at all."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else mesh.shape["context"]
+    return 1 if tokens % parts else parts
+
+
+def balanced(x: jax.Array) -> jax.Array:
+    """x [B, T, ...] in an order in which every device of "context" has as much causal attention to do:
+    the first and the last of 2 C pieces, the second and the last but one, and so on.
+
+    What follows must go by positions and not by places. As it is where sequences are not split.
+    """
+    parts = sequence_shards(x.shape[1])
+    if parts == 1 or x.shape[1] % (2 * parts):
+        return x
+    pieces = x.reshape(x.shape[0], 2 * parts, -1, *x.shape[2:])
+    order = [piece for i in range(parts) for piece in (i, 2 * parts - 1 - i)]
+    return pieces[:, jnp.asarray(order)].reshape(x.shape)
+
+
 def data_shards(mesh: Mesh) -> int:
     """How many parts a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
@@ -188,7 +211,7 @@ def _mesh_axis(name: str | None, rules: Rules, size: int, mesh: Any) -> str | tu
     if parts == 1:
         return None
     if size % parts:
-        if (name, size, parts) not in _reported:
+        if size > 1 and (name, size, parts) not in _reported:
             _reported.add((name, size, parts))
             logger.warning(
                 "%s=%d is not divisible by %s=%d: kept whole on each device", name, size, target, parts

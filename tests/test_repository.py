@@ -12,7 +12,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # A requirement's import name, where it is not the requirement's own in lower case with underscores.
-IMPORT_NAMES = {"absl-py": "absl", "orbax-checkpoint": "orbax", "tensorboardX": "tensorboardX"}
+IMPORT_NAMES = {
+    "absl-py": "absl",
+    "orbax-checkpoint": "orbax",
+    "pyyaml": "yaml",
+    "tensorboardX": "tensorboardX",
+}
 OURS = {"llm_jax", "configs", "tests", "scripts"}
 
 
@@ -94,7 +99,7 @@ def test_requirements_are_lower_bounds_and_oldest_txt_has_them():
 
 def test_shell_scripts_pass_shellcheck():
     shellcheck = Path(sys.executable).parent / "shellcheck"
-    scripts = [*files("*.sh"), ".ci/run"]
+    scripts = [*files("*.sh"), *files("*.sbatch"), *files("tests/launch/bin/*"), ".ci/run"]
     run = subprocess.run(
         [shellcheck, "--external-sources", *scripts], cwd=ROOT, capture_output=True, text=True
     )

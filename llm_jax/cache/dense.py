@@ -29,11 +29,12 @@ from llm_jax.ops.attention import (
     dot_product_attention,
     note_cached,
     prompt_attention,
+    split_attention,
 )
-from llm_jax.sharding import COMPUTE, on_shards, placed, shard
+from llm_jax.sharding import COMPUTE, on_shards, placed, sequence_shards, shard
 from llm_jax.tree import PerLayer
 
-POOL = ("layers", "batch", "kv_heads", "seq", "head_dim")
+POOL = ("layers", "batch", "kv_heads", "slots", "head_dim")
 
 Pool = Any  # (k, v), each [layers, B, K, S, H] or PerLayer of [B, K, S, H]
 
@@ -121,6 +122,10 @@ class Prefill:
     def attend(self, layer, q, k, v, **how):
         """See `AttentionContext`."""
         out, cache = self.cache.attend_prompt(layer, q, k, v, self.lengths, **how)
+        if sequence_shards(q.shape[1]) > 1:  # the other is then not computed; padding comes last
+            segments = jnp.ones(q.shape[:2], jnp.int32)
+            positions, window, options = (how[name] for name in ("positions", "window", "options"))
+            out = split_attention(q, k, v, positions, segments, window, options)
         return out, dataclasses.replace(self, cache=cache)
 
     def dropout(self, x, rate, layer, site):

@@ -19,12 +19,13 @@ from llm_jax.kernels.choice import Choice
 from llm_jax.kernels.flash_attention.api import choose, flash_attention
 from llm_jax.kernels.forms import BLOCKS, FORMS, note, pick
 from llm_jax.kernels.tuning import bucket, table_key
-from llm_jax.sharding import on_shards, shard
+from llm_jax.ops.ring import Parts, ring_attention
+from llm_jax.sharding import on_shards, sequence_shards, shard
 
 CAUSAL_BLOCK = 128  # fewest queries in a block of `attention_in_blocks`
-QUERY = ("batch", "seq", "heads", "head_dim")
-KEY = ("batch", "seq", "kv_heads", "head_dim")
-ROWS = ("batch", "seq")
+QUERY = ("batch", "slots", "heads", "head_dim")
+KEY = ("batch", "slots", "kv_heads", "head_dim")
+ROWS = ("batch", "slots")
 MASKED = -1e30  # finite, so that a row with no key at all (padding) stays finite too
 
 
@@ -276,6 +277,48 @@ def prompt_attention(q, k, v, positions, lengths, window, options: AttentionOpti
     return attention_in_blocks(q, keys, values, mask, block=block_of(form, q.shape[1], True), **how)
 
 
+def split_attention(q, k, v, positions, segment_ids, window, options: AttentionOptions) -> jax.Array:
+    """Attention of sequences that are split over the mesh axis "context": q [B, T, N, H], k and v
+    [B, T, K, H], positions and segments [B, T] -> [B, T, N, H]. See ops/ring.py.
+    """
+    part = q.shape[1] // sequence_shards(q.shape[1])
+    rule = choose(*(jax.ShapeDtypeStruct(x, q.dtype) for x in _part_shapes(q, k, part)))
+    if options.implementation == "pallas" and not rule.possible:
+        raise ValueError(f"attention='pallas': {rule.reason}; take 'auto' or 'xla'")
+    how = "xla" if options.implementation == "xla" else rule.implementation
+    fixed = window if isinstance(window, int) else None
+    softcap = options.softcap or 0.0
+    parts = Parts(how, options.scale, options.causal, softcap, options.windows, fixed)
+    k, v = repeated_for_tensor(q, k, v)
+    given = () if fixed is not None else (window,)
+
+    def local(q, k, v, positions, segment_ids, *given):
+        return (ring_attention(parts, q, k, v, (positions, segment_ids), *given),)
+
+    query, key, row = (("batch", "seq", *rest[2:]) for rest in (QUERY, KEY, ROWS))
+    in_axes = [query, key, key, row, row, *[()] * len(given)]
+    (out,) = on_shards(local, in_axes, out_like=(0,))(q, k, v, positions, segment_ids, *given)
+    return out
+
+
+def _part_shapes(q, k, tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of a device's queries [B, T, N, H] and keys [B, K, T, H]."""
+    (batch, _, heads, dim), kv_heads = q.shape, k.shape[2]
+    return (batch, tokens, heads, dim), (batch, kv_heads, tokens, dim)
+
+
+def repeated_for_tensor(q, k, v) -> tuple[jax.Array, jax.Array]:
+    """k and v [B, T, K, H] with heads repeated where the tensor axis splits queries but not keys: then
+    each shard has what its queries read.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    tensor = 1 if mesh.empty else mesh.shape["tensor"]
+    if q.shape[2] % tensor or k.shape[2] % tensor == 0:
+        return k, v
+    times = math.lcm(k.shape[2], tensor) // k.shape[2]
+    return jnp.repeat(k, times, axis=2), jnp.repeat(v, times, axis=2)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FullContext:
@@ -288,6 +331,8 @@ class FullContext:
     dropout_key: jax.Array | None = None  # None = no dropout (evaluation)
 
     def attend(self, layer, q, k, v, *, positions, window, options):
+        if sequence_shards(q.shape[1]) > 1:
+            return split_attention(q, k, v, positions, self.segment_ids, window, options), self
         form = attention_form(q, k, options, training=True)
         if form == "pallas":
             return self._by_kernel(q, k, v, positions, window, options), self
@@ -311,11 +356,7 @@ class FullContext:
 
     def _by_kernel(self, q, k, v, positions, window, options):
         """The same by a kernel, each device its own rows and heads."""
-        mesh = jax.sharding.get_abstract_mesh()
-        tensor = 1 if mesh.empty else mesh.shape["tensor"]
-        if q.shape[2] % tensor == 0 and k.shape[2] % tensor:  # then each shard has what its queries read
-            k, v = (jnp.repeat(x, math.lcm(x.shape[2], tensor) // x.shape[2], axis=2) for x in (k, v))
-
+        k, v = repeated_for_tensor(q, k, v)
         given = () if isinstance(window, int) else (window,)
 
         def local(q, k, v, positions, segment_ids, *given):

@@ -18,6 +18,7 @@ from flax import nnx
 from llm_jax.kernels.choice import Choice
 from llm_jax.kernels.forms import FORMS, note, pick
 from llm_jax.kernels.tuning import bucket, table_key
+from llm_jax.sharding import sequence_shards
 
 MOST_ROWS = 256  # for which forms are chosen: a training step's are more, and gradients other products
 
@@ -100,6 +101,10 @@ def linear(x: jax.Array, w: nnx.Param | jax.Array | LowRank | LowRankBank) -> ja
     rows, inner, out = x.shape[:-1], x.shape[-1], w.shape[:-1]
     assert w.shape[-1] == inner, f"weight {w.shape} does not fit activation {x.shape}"
     flat_w = w.astype(x.dtype).reshape(math.prod(out), inner)
+    if x.ndim == 3 and sequence_shards(x.shape[1]) > 1:
+        # As one axis, rows of sequences that are split could not stay where they are.
+        product = jax.lax.dot_general(x, flat_w, (((2,), (1,)), ((), ())))
+        return product.reshape(*rows, *out)
     product = by_form(_form(x.reshape(-1, inner), flat_w), x.reshape(-1, inner), flat_w)
     return product.reshape(*rows, *out)
 

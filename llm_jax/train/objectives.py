@@ -18,6 +18,7 @@ from llm_jax.models.heads import fold_parts
 from llm_jax.models.transformer import Transformer
 from llm_jax.ops.attention import FullContext
 from llm_jax.ops.losses import cross_entropy, vocabulary_loss
+from llm_jax.sharding import balanced
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -39,6 +40,9 @@ def lm_loss(
     batch: tokens, targets, segment_ids, positions [B, T] int32. chunk: positions whose logits are
     held at a time, 0 = all (see `vocabulary_loss`). z_loss: see `cross_entropy`.
     """
+    if net.cfg.causal:  # what it sees goes by positions, and the sum has no order
+        names = ("tokens", "targets", "segment_ids", "positions")
+        batch = {name: balanced(batch[name]) for name in names}
     context = FullContext(batch["segment_ids"], key)
     hidden, _ = net(batch["tokens"], batch["positions"], context)
     loss, count, correct = vocabulary_loss(

@@ -75,7 +75,7 @@ def test_the_same_32_greedy_tokens_as_transformers(family, tmp_path):
         "data:2,tensor:4",
         *(
             pytest.param(mesh, marks=pytest.mark.slow)
-            for mesh in ("tensor:8", "data:2,fsdp:2,tensor:2", "fsdp:8", "data:4,tensor:2")
+            for mesh in ("tensor:8", "data:2,fsdp:2,tensor:2", "fsdp:8", "data:4,tensor:2", "context:8")
         ),
     ],
 )
