@@ -1,9 +1,10 @@
 """How every script starts: flags that suggest the nearest name, errors that read like advice."""
 
 import functools
+import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if flags.FLAGS["verbosity"].using_default_value:
         flags.FLAGS.verbosity = logging.WARNING  # absl would take INFO
     return rest
+
+
+def show(record: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print a record in one line: an object of JSON, or names and values."""
+    text = "  ".join(f"{name} {value}" for name, value in record.items())
+    print(json.dumps(record) if as_json else text, flush=True)

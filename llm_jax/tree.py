@@ -29,6 +29,11 @@ def is_per_layer(leaf: Any) -> bool:
     return isinstance(leaf, PerLayer)
 
 
+def is_parameter(leaf: Any) -> bool:
+    """Whether `leaf` is a parameter, whatever stands for its array, and not a dict of some."""
+    return not isinstance(leaf, dict)
+
+
 def path_string(path: tuple) -> str:
     """'layers/attn/wq' for a key path of `jax.tree_util`."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,4 +1,4 @@
-"""Speed against a peer on the same weights, interleaved in one process: medians and their ratio.
+"""Speed against a peer on the same weights, in turns in one process: medians and their ratio.
 
     python scripts/benchmark.py --case=decode --shape=gpt2 --batch=1,8,32     # or prefill, or bandwidth
     python scripts/benchmark.py --shape=llama160m --batch=8 --peer=transformers,ctranslate2,llama_cpp
@@ -7,13 +7,11 @@
     python scripts/benchmark.py --case=arrivals --rates=0.2,0.5,1 --plot=arrivals.png
     python scripts/benchmark.py --case=drafters --draft_head=runs/draft_head/draft_head
 
-Greedy, random weights in float32 (drafters: the demo model). decode: tokens a second of all rows after
-prefill. bandwidth: what part of the machine's a decode step of one row reaches. The engine's are
-mixed_traffic beside transformers' batches, overhead beside a fixed batch, arrivals, and prefix,
-speculation, drafters beside itself without. --json prints {case, ours, peer, ratio, unit, ...} a line.
+Greedy, random weights (drafters: the demo model). decode: tokens a second of all rows after prefill.
+bandwidth: what part of the machine's a decode step of one row reaches. The engine's are mixed_traffic
+beside transformers' batches, overhead beside a fixed batch, arrivals, and others beside itself without.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 
@@ -33,7 +31,8 @@ CASES = generation_cases.CASES | serving_cases.CASES
 PEERS = {"train": ("torch", "torch_compile"), "mixed_traffic": ("transformers",)}
 PEERS |= dict.fromkeys(("decode", "prefill"), ("transformers", *RUNTIMES)) | {"bandwidth": ("machine",)}
 PEERS |= {case: ("llm_jax",) for case in (*serving_cases.CASES, "drafters") if case not in PEERS}
-OF_CASE = {"mesh": "train", "plot": "arrivals", "draft_head": "drafters", "draft_model": "drafters"}
+OF_CASE = {"mesh": ["train"], "plot": ["arrivals"], "draft_head": ["drafters"]}
+OF_CASE |= {"draft_model": ["drafters"], "weights": ["decode", "prefill", *serving_cases.CASES]}
 _int, _str, _bool = flags.DEFINE_integer, flags.DEFINE_string, flags.DEFINE_bool
 CASE = flags.DEFINE_enum("case", "decode", PEERS, "What to measure.")
 flags.DEFINE_list("peer", [], "Whom to compare with; several for decode. Default: the case's first.")
@@ -41,6 +40,7 @@ SHAPE = flags.DEFINE_enum("shape", "gpt2", sorted({*SHAPES, *TRAIN_SHAPES}), "Si
 BATCH = flags.DEFINE_list("batch", ["1"], "Rows; several may be given.")
 PROMPT = _int("prompt_tokens", None, "Prompt length; default 32, prefill 512.", lower_bound=1)
 _int("new_tokens", 64, "Tokens to decode.", lower_bound=2)
+_str("weights", "", "Ours: a dtype, int8 or w8a8; default float32.")
 _str("mesh", "", "Our devices with --case=train, such as data:2; '' = one.")
 _int("steps", 5, "Training steps in a round.", lower_bound=1)
 _int("requests", 64, "Of mixed_traffic, arrivals and prefix.", lower_bound=1)
@@ -69,7 +69,8 @@ def records(case, torch, transformers, peers) -> Iterator[dict]:
         sizes: dict = {name: FLAGS[name].value for name in SIZES} | {"rates": [*map(float, RATES.value)]}
         sizes["batches"] = [*map(int, BATCH.value)]
         sizes["prompt_tokens"] = PROMPT.value or (512 if case == "prefill" else 32)
-        sides = (torch, transformers, same_weights(peer), peer, SHAPE.value, peers)
+        name = "_".join(filter(None, (SHAPE.value, FLAGS.weights)))
+        sides = (torch, transformers, same_weights(peer, FLAGS.weights), peer, name, peers)
         yield from CASES[case](Setup(*sides, **sizes))
 
 
@@ -81,16 +82,15 @@ def main(argv):
     if set(peers) - set(known) or (peers[1:] and case not in ("decode", "prefill")):
         raise ValueError(f"--peer={','.join(peers)}: expected one of {known} with --case={case}")
     for name, of in OF_CASE.items():
-        if FLAGS[name].value and case != of:
-            raise ValueError(f"--{name}={FLAGS[name].value}: --case={of} alone uses it; leave it out")
+        if FLAGS[name].value and case not in of:
+            raise ValueError(f"--{name}={FLAGS[name].value}: only --case={'|'.join(of)} has it")
     try:  # --help needs neither
         import torch
         import transformers
     except ImportError as error:
         raise ValueError(f'{error}; pip install "llm_jax[test]" (torch, transformers)') from error
     for each in records(case, torch, transformers, peers):
-        line = "  ".join(f"{name} {value}" for name, value in each.items())
-        print(json.dumps(each) if FLAGS.json else line, flush=True)
+        cli.show(each, as_json=FLAGS.json)
     if FLAGS.explain:
         print(*explain(), sep="\n", file=sys.stderr)
 

@@ -25,6 +25,7 @@ _INPUT = flags.DEFINE_string("input", None, "A .txt, .tsv, .csv or .jsonl file o
 _FIELD = flags.DEFINE_string("field", "text", "Column or key of --input that holds the text.")
 _OUTPUT = flags.DEFINE_string("output", None, "Write JSONL here; default: standard output.")
 _BATCH = flags.DEFINE_integer("batch_size", 32, "Texts at once.", lower_bound=1)
+_WEIGHTS = flags.DEFINE_string("weights", "", "A dtype, int8 or w8a8; default by backend.")
 _MESH = flags.DEFINE_string("mesh", "", "Mesh axes, e.g. data:2,tensor:4 (one may be -1).")
 _JSON = flags.DEFINE_bool("json", False, "One JSON object a text on stdout, nothing else.")
 flags.mark_flag_as_required("checkpoint")
@@ -53,7 +54,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; texts are given as --text=TEXT")
     asked, mesh = texts(), make_mesh(_MESH.value)
-    classifier = TextClassifier.load(_CHECKPOINT.value, mesh, batch_size=_BATCH.value)
+    sizes = {"batch_size": _BATCH.value, "weights": _WEIGHTS.value}
+    classifier = TextClassifier.load(_CHECKPOINT.value, mesh, **sizes)
     results = classifier.classify(asked)
     as_json = bool(_JSON.value or _INPUT.value or _OUTPUT.value)
     lines = [json.dumps(dataclasses.asdict(r), ensure_ascii=False) for r in results]

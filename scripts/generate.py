@@ -26,6 +26,7 @@ flags.DEFINE_string("prompt_file", None, "A file with one prompt per line.")
 flags.DEFINE_bool("chat", False, "Prompts are user messages, put in the model's chat template.")
 flags.DEFINE_string("mesh", "", "Mesh axes, e.g. data:1,fsdp:1,tensor:8 (one may be -1).")
 flags.DEFINE_string("dtype", "", "Of parameters and computation; default by backend.")
+flags.DEFINE_string("weights", "", "Of the parameters: a dtype, int8 or w8a8; default: as --dtype.")
 flags.DEFINE_string("cache_dtype", "", "Of keys and values; default: as --dtype.")
 flags.DEFINE_enum("attention", "auto", ["auto", "pallas", "xla"], "By kernels or by XLA.")
 flags.DEFINE_integer("batch_size", 32, "Rows generated at once.", lower_bound=1)
@@ -66,7 +67,7 @@ def run(llm: LLM, asked: list, request: SamplingParams, search: BeamOptions | No
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; prompts are given as --prompt=TEXT")
-    names = ("model", "mesh", "dtype", "cache_dtype", "attention", "steps_per_dispatch")
+    names = ("model", "mesh", "dtype", "weights", "cache_dtype", "attention", "steps_per_dispatch")
     llm = LLM(**{name: FLAGS[name].value for name in names}, max_batch=FLAGS.batch_size)
     request, search = sampling_flags.requested(llm, logprobs=0 if FLAGS.json else None)
     if search and FLAGS.timeline:

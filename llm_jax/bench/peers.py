@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from llm_jax.checkpoint.hf import load_config, load_hf
+from llm_jax.compress.quantize import read_weights
 from llm_jax.infer.llm import LLM
 from llm_jax.models import describe
 from llm_jax.sharding import make_mesh
@@ -31,13 +32,17 @@ def random_model(transformers: ModuleType, shape: str) -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def same_weights(peer: Any) -> LLM:
-    """An LLM with the weights of a transformers model, by way of a directory; float32, no tokenizer."""
+def same_weights(peer: Any, weights: str = "") -> LLM:
+    """An LLM with the weights of a transformers model, by way of a directory; without a tokenizer.
+
+    In float32; weights: as `LLM` has them.
+    """
+    param_dtype, scheme = read_weights(weights, "float32")
     with tempfile.TemporaryDirectory() as directory:
         peer.save_pretrained(directory)
-        config = dataclasses.replace(load_config(directory), param_dtype="float32")
+        config = dataclasses.replace(load_config(directory), param_dtype=param_dtype)
         model, mesh = describe(dataclasses.replace(config, compute_dtype="float32")), make_mesh("")
-        return LLM.from_params(model, load_hf(directory, model, mesh), None, mesh=mesh)
+        return LLM.from_params(model, load_hf(directory, model, mesh, scheme=scheme), None, mesh=mesh)
 
 
 def generator(torch: ModuleType, peer: Any) -> Generate:

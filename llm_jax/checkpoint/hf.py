@@ -14,7 +14,7 @@ import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,10 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from huggingface_hub.errors import HFValidationError
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Mesh
 
 from llm_jax.checkpoint.new_directory import new_directory
+from llm_jax.checkpoint.shards import from_shards
 from llm_jax.checkpoint.tensor_file import TensorFile, write_tensors
+from llm_jax.compress.quantize import Weight, round_by, rounded_weights, row_scales
 from llm_jax.config import ModelConfig
 from llm_jax.models.describe import Model, Params, complete_params
 from llm_jax.models.families import (
@@ -40,12 +42,12 @@ from llm_jax.models.families import (
 )
 from llm_jax.models.family_tables import Source
 from llm_jax.models.heads import HEADS
+from llm_jax.ops.quantized import QTensor, is_quantized
 from llm_jax.tree import flatten, is_per_layer, unflatten
 
 logger = logging.getLogger(__name__)
 
 _BLOCK = 16 << 20  # bytes of a file that are in memory at a time
-_ALIGNMENT = 64  # bytes; XLA:CPU uses a host buffer in place when it is aligned so
 _HEADS = tuple(f"{name}/" for name in HEADS)
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "1_Pooling/*")
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -146,17 +148,24 @@ def load_generation_config(directory: str | Path) -> dict[str, Any]:
     return settings
 
 
-def load_hf(directory: str | Path, model: Model, mesh: Mesh, *, dtype: str | None = None) -> Params:
+def load_hf(
+    directory: str | Path, model: Model, mesh: Mesh, *, dtype: str | None = None, scheme: str = ""
+) -> Params:
     """The parameters of a Hugging Face directory, each on its shards of `mesh`.
 
-    dtype: of the parameters in memory; the model's parameter dtype when not given.
+    dtype: of the parameters in memory; the model's parameter dtype when not given. scheme: of
+    `compress.quantize.SCHEMES`, by which matrices are rounded as they are read; "" = none.
     Raises ValueError naming the file and the tensor for missing, unexpected or wrongly shaped
     tensors, damaged files, and tied tensors that differ.
     """
     checkpoint = _Checkpoint(Path(directory), model)
     if checkpoint.missing:
         raise ValueError(checkpoint.describe_missing(checkpoint.missing))
-    return unflatten(checkpoint.read(list(checkpoint.sources), mesh, dtype))
+    weights = rounded_weights(model, mesh, scheme) if scheme else {}
+    rest = [path for path in checkpoint.sources if path not in weights]
+    read: dict[str, Any] = checkpoint.read(rest, mesh, dtype)
+    read |= {path: checkpoint.read_rounded(path, weight, mesh) for path, weight in weights.items()}
+    return unflatten({path: read[path] for path in checkpoint.sources})
 
 
 def load_trunk(
@@ -196,8 +205,11 @@ def export_hf(
     The directory appears complete or not at all. Parameters are brought to the host one at a time;
     they must be addressable from this process. generation_config: as `load_generation_config` gives
     it; its token ids go to config.json too. max_shard_bytes: largest file (one tensor at least).
-    Raises ValueError when the family cannot express the model, or the directory holds something.
+    Raises ValueError when the family cannot express the model, when parameters are quantized, or the
+    directory holds something.
     """
+    if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+        raise ValueError("params are quantized, which no directory holds: export those they come from")
     generation = _one_id(generation_config or {})
     ids = {key: value for key, value in generation.items() if key in _TOKEN_IDS}
     config = {**to_hf(model.config), **ids}
@@ -274,7 +286,7 @@ class _Checkpoint:
         for path in paths:
             self._check_shapes(path)
         return {
-            path: _from_shards(
+            path: from_shards(
                 self.shapes[path].shape,
                 jnp.dtype(dtype or self.shapes[path].dtype),
                 shardings[path],
@@ -294,16 +306,51 @@ class _Checkpoint:
 
     def _copy(self, name: str, path: str, index: Sequence[slice], out: np.ndarray) -> None:
         """Copy `index` of one layer of a parameter into `out`, a block of rows at a time."""
-        file, stored = self.tensors[name]
         shape, split = self.layer_shape(path), self.splits[path]
-        matrix = _as_matrix(file.view(stored), self.sources[path])
         rows, columns = _span(shape[:split], index[:split]), _span(shape[split:], index[split:])
         out = out.reshape(rows.stop - rows.start, columns.stop - columns.start)
+        for at, block in self._blocks(name, path, rows):
+            out[at.start - rows.start : at.stop - rows.start] = block[:, columns]
+
+    def _blocks(self, name: str, path: str, rows: slice) -> Iterator[tuple[slice, np.ndarray]]:
+        """(rows, a view of them, all columns) of one layer of a parameter, of about `_BLOCK` bytes."""
+        file, stored = self.tensors[name]
+        matrix = _as_matrix(file.view(stored), self.sources[path])
         step = max(1, _BLOCK // max(1, matrix.shape[1] * matrix.itemsize))
-        for start in range(0, len(out), step):
-            block = matrix[rows.start + start : min(rows.start + start + step, rows.stop), columns]
-            out[start : start + step] = block
+        for start in range(rows.start, rows.stop, step):
+            at = slice(start, min(start + step, rows.stop))
+            yield at, matrix[at]
             file.release()
+
+    def read_rounded(self, path: str, weight: Weight, mesh: Mesh) -> QTensor:
+        """One of our matrices in int8, born on its shards; all of it is read first for its scales."""
+        self._check_shapes(path)
+        names, like = self.names(path), weight.abstract()
+        scales = np.empty((len(names), like.scale.shape[-1]), np.float32)
+        for row, name in zip(scales, names, strict=True):
+            for at, block in self._blocks(name, path, slice(0, len(row))):
+                row[at] = row_scales(block, np)
+        if not np.isfinite(scales).all():
+            raise ValueError(
+                f"{self.directory}: {path} ({names[0]}) has weights that are not finite: they cannot be "
+                "rounded; load it without a scheme to see where"
+            )
+
+        def fill(shard: np.ndarray, index: tuple[slice, ...]) -> None:
+            *layers, columns, rows = (*index[:-2], *weight.in_order(*index[-2:]))
+            which = range(len(names))[layers[0]] if layers else (0,)
+            for part, i in zip(shard if layers else shard[None], which, strict=True):
+                for at, block in self._blocks(names[i], path, rows):
+                    by_row = part if weight.transposed else part.T
+                    values = round_by(block[:, columns], scales[i, at], np)
+                    by_row[at.start - rows.start : at.stop - rows.start] = values
+
+        def fill_scale(shard: np.ndarray, index: tuple[slice, ...]) -> None:
+            shard[...] = scales.reshape(like.scale.shape)[index]
+
+        places = weight.shardings(mesh)
+        q = from_shards(like.q.shape, np.dtype(np.int8), places.q, fill)
+        return weight.like(q, from_shards(like.scale.shape, scales.dtype, places.scale, fill_scale))
 
     def _check_shapes(self, path: str) -> None:
         expected = _stored_shape(self.layer_shape(path), self.splits[path], self.sources[path])
@@ -387,36 +434,6 @@ def _tensor_files(directory: Path) -> list[TensorFile]:
             f"{directory / wanted[lost[0]]}: lacks {_few(lost)}, which {index.name} promises"
         )
     return list(files.values())
-
-
-def _from_shards(
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    sharding: Sharding,
-    fill: Callable[[np.ndarray, tuple[slice, ...]], None],
-) -> jax.Array:
-    """An array of which only this process's shards are made, each from one host buffer.
-
-    On CPU the buffer, aligned for XLA, becomes the shard itself; elsewhere it is freed when copied.
-    """
-    devices = defaultdict(list)
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        assert index is not None  # it is for devices of other processes only
-        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-        devices[bounds].append(device)
-    arrays = []
-    for bounds, replicas in devices.items():
-        buffer = _aligned(tuple(stop - start for start, stop in bounds), dtype)
-        fill(buffer, tuple(slice(*b) for b in bounds))
-        arrays += [jax.device_put(buffer, device, may_alias=True) for device in replicas]
-    return jax.block_until_ready(jax.make_array_from_single_device_arrays(shape, sharding, arrays))
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _as_matrix(stored: np.ndarray, source: Source) -> np.ndarray:

@@ -62,7 +62,7 @@ def compare_checkpoint(
     """
     dtypes = dict.fromkeys(("param_dtype", "compute_dtype", "cache_dtype"), "float32")
     config = dataclasses.replace(load_config(directory), **dtypes)
-    texts = _token_ids(directory, prompts, config)
+    texts = token_ids(directory, prompts, config)
     model = describe(config)
     params = load_hf(directory, model, mesh)
     theirs = getattr(transformers, AUTO_CLASSES[config.head]).from_pretrained(
@@ -70,14 +70,14 @@ def compare_checkpoint(
     )
     want = _reference(torch, theirs.eval(), texts, config)
     for side in ("right", "left"):
-        got = _ours(model, params, mesh, texts, side)
+        got = our_outputs(model, params, mesh, texts, side)
         for name in want:
             yield _compare(f"{name}, padded {side}", got[name], want[name])
     if config.head == "lm":
         yield _compare_greedy(torch, theirs, model, params, mesh, texts)
 
 
-def _token_ids(directory: Path, prompts: Sequence[str], config: ModelConfig) -> list[list[int]]:
+def token_ids(directory: Path, prompts: Sequence[str], config: ModelConfig) -> list[list[int]]:
     """The prompts as ids, or random ids of several lengths when there is no tokenizer or prompt."""
     room = config.max_positions - (GREEDY_TOKENS if config.head == "lm" else 0)
     if room < 1:
@@ -120,7 +120,7 @@ def _pooled(out: Any, hidden: np.ndarray, config: ModelConfig) -> np.ndarray:
     return ways[config.pooling]
 
 
-def _ours(model: Model, params: Params, mesh: Mesh, texts: list[list[int]], side: str) -> Outputs:
+def our_outputs(model: Model, params: Params, mesh: Mesh, texts: list[list[int]], side: str) -> Outputs:
     """What llm_jax computes, all texts in one batch padded on `side`."""
     size, count = max(map(len, texts)), -(-len(texts) // data_shards(mesh)) * data_shards(mesh)
     tokens, positions, mask = np.zeros((3, count, size), np.int32)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from llm_jax.checkpoint.hf import load_config, load_hf, resolve
 from llm_jax.checkpoint.workdir import load_trained
+from llm_jax.compress.quantize import quantize, read_weights
 from llm_jax.data.loader import to_device
 from llm_jax.data.packing import Batch, batches_by_length, length_buckets
 from llm_jax.data.tasks import encode_within
@@ -116,18 +117,22 @@ class TextClassifier:
         self._classify, self._embed = make_classify(model), make_embed(model)
 
     @classmethod
-    def load(cls, path: str | Path, mesh: Mesh, *, batch_size: int = 32) -> "TextClassifier":
+    def load(
+        cls, path: str | Path, mesh: Mesh, *, batch_size: int = 32, weights: str = ""
+    ) -> "TextClassifier":
         """From a workdir of scripts/train.py, its checkpoints/<step>, or a Hugging Face model.
 
+        weights: as `LLM` has them.
         FileNotFoundError or ValueError, saying what was expected, where there is no such model.
         """
-        path = Path(path).expanduser()
+        (param_dtype, scheme), path = read_weights(weights), Path(path).expanduser()
         if path.parent.name == "checkpoints" or (path / "checkpoints").is_dir():
-            trained = load_trained(path, mesh)
+            trained = load_trained(path, mesh, param_dtype=param_dtype)
             tokenizer = load_tokenizer(trained.tokenizer)
+            params = trained.params
             return cls(
                 trained.model,
-                trained.params,
+                quantize(params, trained.model, mesh, scheme) if scheme else params,
                 tokenizer,
                 mesh,
                 trained.labels,
@@ -140,9 +145,9 @@ class TextClassifier:
                 f"{directory} is no model: expected the --workdir of scripts/train.py (with "
                 "checkpoints/) or a Hugging Face directory (with config.json)"
             )
-        model = describe(load_config(directory))
+        model = describe(dataclasses.replace(load_config(directory), param_dtype=param_dtype))
         tokenizer, labels = load_tokenizer(directory), _labels(model)
-        params = load_hf(directory, model, mesh)
+        params = load_hf(directory, model, mesh, scheme=scheme)
         return cls(model, params, tokenizer, mesh, labels, batch_size=batch_size)
 
     def classify(self, texts: Sequence[str]) -> list[Classified]:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from llm_jax.checkpoint.hf import load_config, load_generation_config, load_hf, resolve
+from llm_jax.compress.quantize import read_weights
 from llm_jax.config import EngineConfig
 from llm_jax.data.chat import encode_chat
 from llm_jax.data.detokenize import StreamingDecoder
@@ -63,6 +64,8 @@ class LLM:
         model: Hugging Face directory or hub id; None takes the bundled demo model.
         mesh: a Mesh or a text like "data:1,tensor:8".
         dtype: of parameters and computation; "" = float32 on CPU, bfloat16 elsewhere.
+        weights: of the parameters alone: a dtype; "int8", matrices rounded to int8; "w8a8", what they
+            are multiplied by too; "" = as dtype. See docs/quantization.md.
         cache_dtype: of keys and values; "" = as dtype.
         attention: "auto", "pallas" or "xla", see `ModelConfig.attention`.
         max_batch: rows generated at once; longer lists of prompts run in turns.
@@ -76,6 +79,7 @@ class LLM:
         *,
         mesh: Mesh | str = "",
         dtype: str = "",
+        weights: str = "",
         cache_dtype: str = "",
         attention: str = "auto",
         max_batch: int = 32,
@@ -89,16 +93,17 @@ class LLM:
                 f"{directory}: head={config.head!r} of family {config.family!r} cannot generate; "
                 "expected a causal language model"
             )
+        param_dtype, scheme = read_weights(weights, dtype)
         config = dataclasses.replace(
             config,
-            param_dtype=dtype,
+            param_dtype=param_dtype,
             compute_dtype=dtype,
             cache_dtype=cache_dtype or dtype,
             attention=attention,
         )
         mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
         described = describe(config)
-        params = load_hf(directory, described, mesh)
+        params = load_hf(directory, described, mesh, scheme=scheme)
         self._setup(
             described, params, mesh, load_tokenizer(directory), max_batch, steps_per_dispatch, seed
         )

@@ -25,7 +25,7 @@ from llm_jax.models.describe import Model, Params
 from llm_jax.models.lora import LoraModel, matching
 from llm_jax.ops.linear import LowRank, LowRankBank, is_bank
 from llm_jax.sharding import is_axes, replicated
-from llm_jax.tree import PerLayer, flatten, is_per_layer, unflatten
+from llm_jax.tree import PerLayer, flatten, is_parameter, is_per_layer, unflatten
 
 HostChange = dict[str, tuple[np.ndarray, np.ndarray]]  # path: a [L, r, C], b [L, O, r] times the scale
 
@@ -48,9 +48,9 @@ class AdapterBank:
 
     def init(self, params: Params) -> dict[str, LowRankBank]:
         """Empty places (zeros), layer by layer where the weights are so."""
-        flat = flatten(params, is_leaf=is_per_layer)
+        apart = any(map(is_per_layer, jax.tree.leaves(params["layers"], is_leaf=is_per_layer)))
 
-        def zeros(name: str, apart: bool) -> Any:
+        def zeros(name: str) -> Any:
             shape = self._shapes[name].shape
             if not apart:
                 return jnp.zeros(shape, self.dtype, device=self._shardings[name])
@@ -58,16 +58,13 @@ class AdapterBank:
             return PerLayer(tuple(jnp.zeros(**like) for _ in range(shape[0])))
 
         return {
-            path: LowRankBank(
-                None, zeros(f"{path}/a", apart), zeros(f"{path}/b", apart), None, self.rank
-            )
+            path: LowRankBank(None, zeros(f"{path}/a"), zeros(f"{path}/b"), None, self.rank)
             for path in self.targets
-            for apart in [is_per_layer(flat[path])]
         }
 
     def attach(self, held: Mapping[str, LowRankBank], params: Params) -> Params:
         """`params` with the banks in place of their weights, as `with_places` takes them."""
-        flat = flatten(params, is_leaf=is_per_layer)
+        flat = flatten(params, is_leaf=is_parameter)
         banks = {path: dataclasses.replace(bank, base=flat[path]) for path, bank in held.items()}
         return unflatten(flat | banks)
 

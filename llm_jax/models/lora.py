@@ -24,8 +24,9 @@ from llm_jax.config import LoraConfig
 from llm_jax.models.describe import Model, Params
 from llm_jax.models.transformer import Transformer
 from llm_jax.ops.linear import LowRank, is_low_rank
+from llm_jax.ops.quantized import is_quantized
 from llm_jax.sharding import is_axes, shardings
-from llm_jax.tree import flatten, is_per_layer, unflatten
+from llm_jax.tree import flatten, is_parameter, is_per_layer, unflatten
 
 
 class LoraModel:
@@ -90,7 +91,7 @@ class LoraModel:
 
     def attach(self, adapters: Params, params: Params) -> Params:
         """`params` with a `LowRank` in place of every target: what `Model.bind` takes."""
-        flat, small = (flatten(tree, is_leaf=is_per_layer) for tree in (params, adapters))
+        flat, small = (flatten(tree, is_leaf=is_parameter) for tree in (params, adapters))
         as_like = functools.partial(jax.tree.map, lambda x, like: x.astype(like.dtype))
         attached = {path: as_like(small[path], flat[path]) for path in self.whole}
         scale = self.alpha / self.rank
@@ -113,7 +114,13 @@ class LoraModel:
         return self.model.bind(self.attach(adapters, params))
 
     def merge(self, adapters: Params, params: Params) -> Params:
-        """Ordinary parameters, dtypes and shards as before: targets plus their changes, in float32."""
+        """Ordinary parameters, dtypes and shards as before: targets plus their changes, in float32.
+
+        ValueError where a target is quantized: merge into the weights that it comes from.
+        """
+        flat = flatten(params, is_leaf=is_parameter)
+        if rounded := [path for path in self.targets if is_quantized(flat[path])]:
+            raise ValueError(f"params have {', '.join(rounded)} in int8: merge, then quantize")
 
         def add(adapters, params):
             flat = flatten(self.attach(adapters, params), is_leaf=is_low_rank)

@@ -23,6 +23,7 @@ from llm_jax.config import ModelConfig
 from llm_jax.models.heads import ClassifierHead, LMHead, Pooler, SpanHead, fold_parts, pool
 from llm_jax.models.layers import MLP, Attention, Embed, NgramEmbed, Norm
 from llm_jax.ops.attention import AttentionContext
+from llm_jax.ops.quantized import scannable
 from llm_jax.ops.rope import frequencies, rotary_tables
 from llm_jax.ops.tap_context import tap
 from llm_jax.sharding import shard
@@ -121,14 +122,16 @@ class Transformer(nnx.Module):
                 x, context = run_block(x, context, params, i, window)
         else:
             window = windows[0] if len(set(windows)) == 1 else None
+            sliced, of_layer = scannable(layers)
 
             def body(carry, per_layer):
-                params, layer, varying = per_layer
+                slices, layer, varying = per_layer
+                params = of_layer(slices, layer)
                 return block(*carry, params, layer, varying if window is None else window), None
 
             if self.cfg.remat != "none":
                 body = jax.checkpoint(body, policy=REMAT[self.cfg.remat], prevent_cse=False)
-            scanned = (layers, jnp.arange(len(windows)), jnp.asarray(windows, jnp.int32))
+            scanned = (sliced, jnp.arange(len(windows)), jnp.asarray(windows, jnp.int32))
             (x, context), _ = jax.lax.scan(body, (x, context), scanned)
         return tap(context, "final", x if self.norm is None else self.norm(x), 0)
 

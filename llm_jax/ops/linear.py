@@ -18,6 +18,7 @@ from flax import nnx
 from llm_jax.kernels.choice import Choice
 from llm_jax.kernels.forms import FORMS, note, pick
 from llm_jax.kernels.tuning import bucket, table_key
+from llm_jax.ops.quantized import QTensor, quantized_linear
 from llm_jax.sharding import sequence_shards
 
 MOST_ROWS = 256  # for which forms are chosen: a training step's are more, and gradients other products
@@ -91,13 +92,15 @@ class LinearProblem:
         return 1 < self.rows <= MOST_ROWS
 
 
-def linear(x: jax.Array, w: nnx.Param | jax.Array | LowRank | LowRankBank) -> jax.Array:
+def linear(x: jax.Array, w: nnx.Param | jax.Array | LowRank | LowRankBank | QTensor) -> jax.Array:
     """x [..., C], w [O, C] -> [..., O] in the dtype of x; O may be several axes."""
     w = w.get_value() if isinstance(w, nnx.Variable) else w
     if isinstance(w, LowRank):
         return linear(x, w.base) + jnp.asarray(w.scale, x.dtype) * linear(linear(x, w.a), w.b)
     if isinstance(w, LowRankBank):
         return linear(x, w.base) if w.places is None else linear(x, w.base) + _own_change(x, w)
+    if isinstance(w, QTensor):
+        return quantized_linear(x, w)
     rows, inner, out = x.shape[:-1], x.shape[-1], w.shape[:-1]
     assert w.shape[-1] == inner, f"weight {w.shape} does not fit activation {x.shape}"
     flat_w = w.astype(x.dtype).reshape(math.prod(out), inner)

@@ -195,16 +195,16 @@ def test_only_the_shard_is_read(llama, monkeypatch):
     """A shard's buffer has the size of the shard, and holds one copy for all its replicas."""
     if jax.device_count() < 8:
         pytest.skip("needs XLA_FLAGS=--xla_force_host_platform_device_count=8")
-    from llm_jax.checkpoint import hf
+    from llm_jax.checkpoint import shards
 
     filled = []
-    aligned = hf._aligned
+    aligned = shards.aligned
 
     def count(shape, dtype):
         filled.append(math.prod(shape) * dtype.itemsize)
         return aligned(shape, dtype)
 
-    monkeypatch.setattr(hf, "_aligned", count)
+    monkeypatch.setattr(shards, "aligned", count)
     model = describe(load_config(llama))
     params = load_hf(llama, model, make_mesh("data:2,tensor:2,fsdp:2"))
     assert sum(filled) == num_bytes(params)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from llm_jax.cache import abstract_cache
 from llm_jax.cache.paged import abstract_paged
+from llm_jax.compress.quantize import quantized_shapes
 from llm_jax.config import ModelConfig
 from llm_jax.infer.paged_steps import StepShape, make_paged_forward
 from llm_jax.infer.steps import make_forward
@@ -29,10 +30,15 @@ CONFIG = ModelConfig(
 )
 
 
-def decode_step(devices, mesh: str = "tensor:8", batch: int = 32, context: int = 4096) -> Case:
-    """One token for each of `batch` rows of `context` tokens; lengths are not known to the count."""
+def decode_step(
+    devices, mesh: str = "tensor:8", batch: int = 32, context: int = 4096, weights: str = ""
+) -> Case:
+    """One token for each of `batch` rows of `context` tokens; lengths are not known to the count.
+
+    weights: "" = bfloat16, or a scheme of `compress.quantize`.
+    """
     mesh, model = make_mesh(mesh, devices), describe(CONFIG)
-    params = placed(model.shapes, model.axes, mesh)
+    params = _params(model, mesh, weights)
     cache = abstract_cache(model.config, batch, context, mesh)
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=batch_sharding(mesh, (batch,)))
     forward = make_forward(model)
@@ -45,11 +51,17 @@ def decode_step(devices, mesh: str = "tensor:8", batch: int = 32, context: int =
 
 
 def engine_step(
-    devices, mesh: str = "tensor:8", rows: int = 32, chunk: int = 0, context: int = 4096, page: int = 128
+    devices,
+    mesh: str = "tensor:8",
+    rows: int = 32,
+    chunk: int = 0,
+    context: int = 4096,
+    page: int = 128,
+    weights: str = "",
 ) -> Case:
     """A step of the engine: a token for each of `rows` sequences and `chunk` tokens of a prompt."""
     mesh, model, pages = make_mesh(mesh, devices), describe(CONFIG), context // page
-    params = placed(model.shapes, model.axes, mesh)
+    params = _params(model, mesh, weights)
     cache = abstract_paged(model.config, (rows * pages,), page, mesh)
     shape = StepShape(rows + chunk, rows, rows, pages, 1)
     packed = jax.ShapeDtypeStruct(
@@ -63,3 +75,7 @@ def engine_step(
             return forward(params, cache, newest, packed)
 
     return Case(jax.jit(step, donate_argnums=1), (params, cache, newest, packed))
+
+
+def _params(model, mesh, weights: str):
+    return quantized_shapes(model, mesh, weights) if weights else placed(model.shapes, model.axes, mesh)

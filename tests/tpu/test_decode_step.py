@@ -25,3 +25,11 @@ def test_a_step_of_the_engine_copies_no_page(lab, chunk, kernels):
     names = {kernel.kernel.partition(".")[0] for kernel in report.kernels}
     assert len(names) == kernels, names
     assert report.temp_bytes < 64 << 20, "the pool is 2 GiB a device, its layers 64 MiB each"
+
+
+@pytest.mark.parametrize("weights", ["int8", "w8a8"])
+def test_int8_weights_are_read_where_they_are(lab, weights):
+    report = lab(STEP, "v5e:2x4", weights=weights)
+    names = {kernel.kernel.partition(".")[0] for kernel in report.kernels}
+    assert names == {"paged_decode", "quantized_matmul"}
+    assert report.temp_bytes < 4 << 20, "a layer's weights are 26 MiB a device, all of them 832 MiB"

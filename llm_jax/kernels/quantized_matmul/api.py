@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from llm_jax.kernels.chips import chip_rule, device_kind
 from llm_jax.kernels.choice import Choice
+from llm_jax.kernels.quantized_matmul.integers import MOST_DEPTH, integer_matmul
 from llm_jax.kernels.quantized_matmul.plan import GROUP, TRAITS, Problem, check_blocks, decoding, plan
 from llm_jax.kernels.quantized_matmul.reference import (
     ACTIVATIONS,
@@ -24,7 +25,7 @@ from llm_jax.kernels.quantized_matmul.reference import (
 from llm_jax.kernels.quantized_matmul.tpu import Stream, stream
 from llm_jax.kernels.quantized_matmul.tpu_tiles import Tiles, tiles
 
-IMPLEMENTATIONS = ("pallas", "xla")
+IMPLEMENTATIONS = ("pallas", "integers", "xla")
 INTEGERS = (jnp.dtype(jnp.int8), jnp.dtype(jnp.int4))
 WEIGHTS = (*INTEGERS, jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
 
@@ -32,6 +33,8 @@ WEIGHTS = (*INTEGERS, jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
 def choose(x: jax.Array, w: jax.Array, scale: jax.Array, kind: str | None = None) -> Choice:
     """What `quantized_matmul` takes for such arrays (or shapes) on a kind of device, or on ours."""
     kind = device_kind() if kind is None else kind
+    if kind == "cpu" and not _not_by_integers(w, scale):
+        return Choice("integers", "there is no kernel for cpu, whose int8 products are fast")
     if not kind.startswith("TPU"):
         return Choice("xla", f"there is no kernel for {kind}")
     if x.dtype not in (jnp.bfloat16, jnp.float32):
@@ -53,6 +56,7 @@ def quantized_matmul(
     activation: str | None = None,
     quantize_x: bool = False,
     layer: jax.Array | int | None = None,
+    transposed: bool = False,
     implementation: str | None = None,
     blocks: Stream | Tiles | None = None,
     interpret: bool = False,
@@ -67,13 +71,16 @@ def quantized_matmul(
     layer: which of w [L, K, N] and scale [L, N] or [L, K / G, N] to take, for scans over layers: a slice
     of w would be copied before the kernel begins.
 
+    transposed: w is [N, K] instead, or [L, N, K]; not for "pallas", and faster with "integers".
+
     quantize_x: round each row of x to int8 by its largest element first (integers w only), and multiply
     integers where the chip does (v5e, v5p, v6e); elsewhere the result is the same and not faster.
     Where many rows meet groups, and on v4, a weight is rounded to the dtype of x after its scale.
 
-    implementation: "pallas" (TPU), "xla", or None for `choose`. blocks: of a TPU kernel, `Stream` for
-    few rows or `Tiles` for many; by a rule of the chip if not given. interpret: run the kernel on a CPU,
-    for tests. Gradients: of x (as if it were not rounded), bias and residual; w and scale are constants.
+    implementation: "pallas" (TPU), "integers" (int8 and int4 w without groups, see integers.py), "xla",
+    or None for `choose`. blocks: of a TPU kernel, `Stream` for few rows or `Tiles` for many; by a rule
+    of the chip if not given. interpret: run the kernel on a CPU, for tests. Gradients: of x (as if it
+    were not rounded), bias and residual; w and scale are constants.
 
     Raises ValueError for arrays that do not fit each other, for blocks that do not fit them, and for an
     implementation that cannot run.
@@ -82,17 +89,21 @@ def quantized_matmul(
         w, scale, layer = w[None], scale[None], 0
     _check_weights(w, scale, layer)
     scale = jax.lax.dynamic_index_in_dim(scale, layer, keepdims=False)
-    one = jax.ShapeDtypeStruct(w.shape[1:], w.dtype)
+    one = jax.ShapeDtypeStruct(w.shape[:0:-1] if transposed else w.shape[1:], w.dtype)
     _check(x, one, scale, bias, residual, activation, quantize_x, implementation)
     if implementation is None:
         implementation = "pallas" if interpret else choose(x, one, scale).implementation
+    if implementation == "integers" and (refusal := _not_by_integers(one, scale)):
+        raise ValueError(f"implementation='integers': {refusal}; take 'xla' or None")
     if implementation == "pallas" and not interpret and choose(x, one, scale).implementation != "pallas":
         raise ValueError(f"implementation='pallas': {choose(x, one, scale).reason}; take 'xla' or None")
-    spec = _Spec(implementation, activation, quantize_x, blocks, interpret)
-    rows = x.reshape(-1, x.shape[-1])
-    flat = None if residual is None else residual.reshape(-1, w.shape[2])
+    spec = _Spec(implementation, activation, quantize_x, transposed, blocks, interpret)
+    if implementation == "pallas" and transposed:
+        raise ValueError("implementation='pallas' with transposed=True: expected w [K, N], or 'xla'")
+    rows, columns = x.reshape(-1, x.shape[-1]), one.shape[1]
+    flat = None if residual is None else residual.reshape(-1, columns)
     y: Any = _multiply(spec, jnp.asarray(layer, jnp.int32), rows, w, scale, bias, flat)
-    return y.reshape(*x.shape[:-1], w.shape[2])
+    return y.reshape(*x.shape[:-1], columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,16 +113,20 @@ class _Spec:
     implementation: str
     activation: str | None
     quantize_x: bool
+    transposed: bool
     blocks: Stream | Tiles | None
     interpret: bool
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(spec: _Spec, layer, x, w, scale, bias, residual):
-    if spec.implementation == "xla":
-        options = {"activation": spec.activation, "quantize_x": spec.quantize_x}
-        return reference_matmul(x, _of_layer(w, layer), scale, bias, residual, **options)
-    return _pallas(spec, layer, x, w, scale, bias, residual)
+    if spec.implementation == "pallas":
+        return _pallas(spec, layer, x, w, scale, bias, residual)
+    w = _of_layer(w, layer)
+    options: dict[str, Any] = {"activation": spec.activation, "quantize_x": spec.quantize_x}
+    if spec.implementation == "integers":
+        return integer_matmul(x, w, scale, bias, residual, transposed=spec.transposed, **options)
+    return reference_matmul(x, w.T if spec.transposed else w, scale, bias, residual, **options)
 
 
 def _pallas(spec: _Spec, layer, x, w, scale, bias, residual):
@@ -169,7 +184,8 @@ def _backward(spec: _Spec, saved, grad):
     if spec.activation is not None:
         _, back = jax.vjp(ACTIVATIONS[spec.activation], before.astype(jnp.float32))
         inner = back(grad.astype(jnp.float32))[0].astype(grad.dtype)
-    weights = dequantize(_of_layer(w, layer), scale, grad.dtype)
+    w = _of_layer(w, layer)
+    weights = dequantize(w.T if spec.transposed else w, scale, grad.dtype)
     x_grad = jax.lax.dot_general(
         inner, weights, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
@@ -183,6 +199,13 @@ _multiply.defvjp(_forward, _backward)
 
 def _of_layer(w: jax.Array, layer: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(w, layer, keepdims=False)
+
+
+def _not_by_integers(w: jax.Array, scale: jax.Array) -> str:
+    """Why `integer_matmul` does not take such weights [K, N]; "" = it does."""
+    if w.dtype not in INTEGERS or scale.ndim == 2:
+        return f"w of {w.dtype} with scale {scale.shape} is not int8 or int4 with one scale a column"
+    return f"K={w.shape[0]} is more than {MOST_DEPTH}" if w.shape[0] > MOST_DEPTH else ""
 
 
 def _check_weights(w, scale, layer) -> None:
