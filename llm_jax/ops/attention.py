@@ -278,6 +278,17 @@ def prompt_attention(q, k, v, positions, lengths, window, options: AttentionOpti
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Routing:
+    """Sums over tokens and layers, by text and expert [B, E] float32: how often each expert was chosen,
+    and its probabilities. Padding does not count.
+    """
+
+    chosen: jax.Array
+    probabilities: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class FullContext:
     """Training and encoders: every key is in the batch and nothing is kept.
 
@@ -286,6 +297,7 @@ class FullContext:
 
     segment_ids: jax.Array  # [B, T] int32
     dropout_key: jax.Array | None = None  # None = no dropout (evaluation)
+    routing: Routing | None = None  # of the layers so far; None = it is not counted (ops/experts.py)
 
     def attend(self, layer, q, k, v, *, positions, window, options):
         form = attention_form(q, k, options, training=True)
