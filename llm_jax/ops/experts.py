@@ -31,11 +31,15 @@ def route(logits: jax.Array, count: int, *, normalize: bool) -> tuple[jax.Array,
 
     The K = `count` most probable ones, weighted by their probabilities; normalize: which then sum to 1.
     """
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    weights, experts = jax.lax.top_k(probabilities, count)
-    if normalize:
-        weights /= weights.sum(axis=-1, keepdims=True)
-    return weights, experts, probabilities
+
+    def local(logits):  # on shards, because XLA would gather all tokens for `top_k`
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        weights, experts = jax.lax.top_k(probabilities, count)
+        if normalize:
+            weights /= weights.sum(axis=-1, keepdims=True)
+        return weights, experts, probabilities
+
+    return on_shards(local, [TOKENS], out_like=(0, 0, 0))(logits)
 
 
 @dataclasses.dataclass(frozen=True)

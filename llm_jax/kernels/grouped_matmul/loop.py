@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-MOST_ROWS = 128  # of a block: from there on a product has as many operations a byte as a CPU can use
+LEAST_ROWS, MOST_ROWS = 8, 128  # of a block: fewer cost as much; more are padding where groups are small
 
 
 class _Blocks(NamedTuple):
@@ -42,8 +42,13 @@ def loop_matmul(
 
 
 def block_rows(rows: int, groups: int) -> int:
-    """Rows of a block: as many as a group has on average, a power of two."""
-    return min(MOST_ROWS, 1 << (max(1, rows // groups) - 1).bit_length())
+    """Rows of a block: a power of two, about twice what a group has on average; 1 where most have none.
+
+    Every block reads (and XLA:CPU copies) its matrix, so that a group should be one block or few.
+    """
+    if rows < groups:
+        return 1
+    return min(MOST_ROWS, max(LEAST_ROWS, 1 << (2 * rows // groups - 1).bit_length()))
 
 
 def _blocks(sizes: jax.Array, rows: int, size: int) -> _Blocks:
