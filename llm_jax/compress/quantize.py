@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from llm_jax.config.checks import choice
 from llm_jax.ops.quantized import QTensor, in_order
@@ -86,7 +86,7 @@ def read_weights(weights: str, dtype: str = "") -> tuple[str, str]:
 def rounded_weights(model: Described, mesh: Mesh, scheme: str) -> dict[str, Weight]:
     """{path: what becomes of it} of the weights that a scheme of `SCHEMES` rounds, for these devices."""
     choice("weights", scheme, SCHEMES)
-    transposed, round_x = mesh.devices.flat[0].platform == "cpu", scheme == "w8a8"
+    transposed, round_x = _platform(mesh) == "cpu", scheme == "w8a8"
     shapes = flatten(model.shapes)
     axes, contract = (flatten(tree, is_leaf=is_axes) for tree in (model.axes, model.contract))
     found = {}
@@ -151,3 +151,8 @@ def quantized_shapes(model: Described, mesh: Mesh, scheme: str = "int8") -> dict
 def _quantized(w: jax.Array, weight: Weight) -> QTensor:
     values, scale = round_rows(w.reshape(*weight.lead, -1, weight.inner), jnp)
     return weight.like(values if weight.transposed else values.swapaxes(-1, -2), scale)
+
+
+def _platform(mesh: Mesh | AbstractMesh) -> str:
+    """Of its devices; an abstract one, which has none, is asked for sizes alone."""
+    return "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform

@@ -28,8 +28,8 @@ ROOM = 0.8  # share of what weights leave that pages take; the rest is for what 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What was compiled. settings: of the engine that will find it; programs: how many, new: of these not
-    there before.
+    """What was compiled. settings: of the engine that will find it. programs: how many it has; new: how
+    many of them were not there before.
     """
 
     settings: dict[str, Any]

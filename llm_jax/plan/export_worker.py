@@ -12,9 +12,10 @@ from llm_jax.config import EngineConfig
 from llm_jax.engine.programs import ALIGNMENT, Buckets, Programs
 from llm_jax.infer.generate import Compiled
 from llm_jax.infer.paged_steps import init_slots
-from llm_jax.models import Model, Params, describe
+from llm_jax.models import Model, Params
+from llm_jax.plan.steps import serving_arrays
 from llm_jax.plan.workload import Workload
-from llm_jax.sharding import batch_sharding, make_mesh, placed
+from llm_jax.sharding import batch_sharding, make_mesh
 from llm_jax.tpu.topology import topology_devices
 from llm_jax.tpu.worker import pretend
 
@@ -42,8 +43,7 @@ def main(order: dict[str, Any]) -> None:
 
 def engine_programs(work: Workload, mesh: jax.sharding.Mesh, config: EngineConfig) -> Programs:
     """The programs of an engine, described and not compiled; as `engine.runner` makes them."""
-    model = describe(work.config)
-    params = placed(model.shapes, model.axes, mesh)
+    model, params, _ = serving_arrays(work, mesh)
     llm: Any = Described(model, mesh, params, Compiled())
     cache = abstract_paged(model.config, config.pages, config.page_size, mesh, config.cache_dtype)
     slots = jax.eval_shape(lambda: init_slots(config.max_rows, model.config, mesh))

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from llm_jax.plan.quote import Quote, arrays_of, hbm_limit, quote
 from llm_jax.plan.workload import Workload, devices
+from llm_jax.sharding import DATA_AXES
 
-SERVING_AXES, TRAINING_AXES = ("data", "tensor"), ("data", "fsdp", "tensor")
+SERVING_AXES, TRAINING_AXES = ("data", "expert", "tensor"), ("data", "fsdp", "expert", "tensor")
 AT_ONCE = 2  # compilations; each takes a gigabyte or two
 
 
@@ -40,6 +41,8 @@ def candidates(
     optimizer alone are more than a device has.
     """
     axes = TRAINING_AXES if "train" in steps else SERVING_AXES
+    if not work.config.num_experts:
+        axes = tuple(name for name in axes if name != "expert")
     good, bad = [], []
     for mesh in meshes(topology, axes):
         reason = _refuse(work, topology, mesh, steps)
@@ -53,9 +56,11 @@ def candidates(
 def _refuse(work: Workload, topology: str, mesh: str, steps: Sequence[str]) -> str:
     sizes = {name: int(n) for name, n in (part.split(":") for part in mesh.split(","))}
     config, tensor = work.config, sizes.get("tensor", 1)
+    if config.num_experts % sizes.get("expert", 1):
+        return f"expert={sizes['expert']} does not divide num_experts={config.num_experts}"
     if config.num_heads % tensor:
         return f"tensor={tensor} does not divide num_heads={config.num_heads}"
-    shards = math.prod(n for name, n in sizes.items() if name != "tensor")
+    shards = math.prod(n for name, n in sizes.items() if name in DATA_AXES)
     if work.batch % shards:
         return f"batch={work.batch} is no multiple of its {shards} data shards"
     needs = arrays_of(work, topology, mesh, steps)

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from llm_jax.cache.paged import PagedCache, abstract_paged, pool_windows
+from llm_jax.compress.quantize import quantized_shapes
 from llm_jax.config import OptimConfig
 from llm_jax.infer.paged_steps import StepShape, init_slots, make_paged_forward, make_paged_sample
 from llm_jax.models import Model, Params, describe
@@ -48,7 +49,10 @@ def abstract_mesh(mesh: str) -> AbstractMesh:
 def serving_arrays(work: Workload, mesh: Any) -> tuple[Model, Params, PagedCache]:
     """(model, abstract weights, abstract cache) on a mesh, abstract or not."""
     model = describe(work.config)
-    params = placed(model.shapes, model.axes, mesh)
+    if work.scheme:
+        params = quantized_shapes(model, mesh, work.scheme)
+    else:
+        params = placed(model.shapes, model.axes, mesh)
     pools = len(pool_windows(work.config))
     pages = (work.rows(data_shards(mesh)) * work.pages,) * pools
     cache = abstract_paged(model.config, pages, work.page_size, mesh, CACHES[work.cache])

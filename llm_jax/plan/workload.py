@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from llm_jax.checkpoint.hf import load_config
+from llm_jax.compress.quantize import SCHEMES
 from llm_jax.config import ModelConfig, nearest
 from llm_jax.config.checks import choice, require
 from llm_jax.models.families import from_hf
@@ -14,7 +15,7 @@ from llm_jax.tpu.chips import chip_of
 from llm_jax.tpu.links import LINKS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-WEIGHTS = {"bf16": "bfloat16", "f32": "float32"}
+WEIGHTS = {"bf16": "bfloat16", "int8": "int8", "w8a8": "w8a8", "f32": "float32"}
 CACHES = {"bf16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn", "f32": "float32"}
 STEPS = ("prefill", "decode", "train")
 
@@ -27,7 +28,7 @@ class Workload:
         model: a name of configs/models, or a directory with a config.json.
         batch: sequences that run at once, on all devices together; of training, rows of a batch.
         context: tokens of each, prompt and answer; of training, tokens of a row.
-        weights: "bf16" or "f32" of the steps that serve; training keeps float32.
+        weights: of the steps that serve, one of `WEIGHTS`; training keeps float32.
         cache: of keys and values, one of `CACHES`.
         page_size: tokens of a page of the cache.
         prefill_tokens: of prompts that one step reads on each data shard, at most.
@@ -56,8 +57,14 @@ class Workload:
     @property
     def config(self) -> ModelConfig:
         """The model as it is served."""
-        served = {"param_dtype": WEIGHTS[self.weights], "compute_dtype": "bfloat16"}
-        return dataclasses.replace(model_config(self.model), **served, cache_dtype="bfloat16")
+        kept = "float32" if self.weights == "f32" else "bfloat16"
+        served = {"param_dtype": kept, "compute_dtype": "bfloat16", "cache_dtype": "bfloat16"}
+        return dataclasses.replace(model_config(self.model), **served)
+
+    @property
+    def scheme(self) -> str:
+        """By which weights are rounded, one of `compress.quantize.SCHEMES`, or ""."""
+        return self.weights if self.weights in SCHEMES else ""
 
     @property
     def pages(self) -> int:
