@@ -33,6 +33,9 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from llm_jax.tpu.compile import CompileError, compile_for  # noqa: E402
+from llm_jax.tpu.profile import profile_program  # noqa: E402
+
 # Eight devices on a few cores can deadlock in a collective when steps are queued without waiting.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
@@ -50,3 +53,27 @@ def strict_promotion(request):
         jax.numpy_rank_promotion("allow" if lenient else "raise"),
     ):
         yield
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """(target, topology, **arguments) -> the report, compiled once in this run."""
+    cache = tmp_path_factory.mktemp("programs")
+    try:
+        program = compile_for(
+            "llm_jax.tpu.examples:matmul",
+            "v5e:1x1",
+            {"size": 256, "bm": 128, "bk": 128, "bn": 128},
+            cache=cache,
+        )
+        program.text("assembly.txt")
+    except CompileError:
+        raise
+    except ValueError as error:  # no libtpu, or one that does not print its machine code
+        pytest.skip(str(error))
+
+    def report(target, topology, **arguments):
+        return profile_program(compile_for(target, topology, arguments, cache=cache))
+
+    report.cache = cache
+    return report

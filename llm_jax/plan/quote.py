@@ -28,7 +28,8 @@ class StepQuote:
 
     limit: "compute", "memory", "interconnect", "overhead" or "host". by_limit: seconds that go to each.
     mfu: of the bfloat16 peak, by the operations that the model needs; hbm_share: of HBM's bandwidth.
-    collectives: of each kind, how many and how many bytes a step.
+    collectives: of each kind, how many and how many bytes a step. argument_bytes: of the arrays that the
+    step is given, as the compiler counts them.
     """
 
     name: str
@@ -39,6 +40,7 @@ class StepQuote:
     mfu: float
     hbm_share: float
     collectives: dict[str, dict[str, float]]
+    argument_bytes: int
     temp_bytes: int
     code_bytes: int
     compile_s: float
@@ -168,6 +170,7 @@ def _step(name: str, work: Workload, program: Program, mesh: str, assumed: Assum
         mfu=flops / (line.seconds * chip.peak_flops * on.size),
         hbm_share=line.hbm_bytes / (line.seconds * chip.hbm_bandwidth),
         collectives=collectives,
+        argument_bytes=program.memory["argument_size_in_bytes"],
         temp_bytes=program.memory["temp_size_in_bytes"],
         code_bytes=program.memory["generated_code_size_in_bytes"],
         compile_s=program.compile_s,

@@ -103,7 +103,8 @@ def pareto(quotes: Sequence[Quote]) -> list[Quote]:
     """Those than which none is both faster for one sequence and for all, by falling speed for one."""
     fits = [q for q in quotes if q.fits and q.tokens_per_s_per_sequence]
     front, most = [], 0.0
-    for q in sorted(fits, key=lambda q: -(q.tokens_per_s_per_sequence or 0.0)):
+    speed = lambda q: (q.tokens_per_s_per_sequence or 0.0, q.tokens_per_s_per_chip or 0.0)  # noqa: E731
+    for q in sorted(fits, key=speed, reverse=True):
         if (q.tokens_per_s_per_chip or 0.0) > most:
             front.append(q)
             most = q.tokens_per_s_per_chip or 0.0
