@@ -4,12 +4,14 @@
     python scripts/plan.py --model=llama3.1-70b --topology=v5p:2x2x2 --batch=64       # ranks all meshes
     python scripts/plan.py --model=qwen3-32b --topology=v6e:2x4 --mesh=tensor:8 --sweep=runs/qwen3
     python scripts/plan.py --model=llama3.1-8b --topology=v5p:2x2x2 --steps=train --mesh=fsdp:8
+    python scripts/plan.py --model=qwen3-8b --topology=v5e:2x4 --mesh=tensor:8 --export_cache=DIR
 
 Compiles the engine's prefill and decode steps (with --steps=train the train step) for the slice. Says
 whether they fit, by category of memory, how long they take by a roofline model of the compiled program,
 and what that costs. --model is a preset of configs/models or a directory. docs/plan.md explains it.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from absl import app, flags
 
 from llm_jax import cli
 from llm_jax.plan import report
+from llm_jax.plan.export import export_cache
 from llm_jax.plan.quote import quote
 from llm_jax.plan.search import candidates, search, sweep
 from llm_jax.plan.workload import CACHES, STEPS, WEIGHTS, Workload, presets
@@ -37,6 +40,7 @@ STEPS_ = flags.DEFINE_list("steps", ["prefill", "decode"], f"Of {', '.join(STEPS
 SWEEP = flags.DEFINE_string("sweep", None, "Quote many batches; draws PATH.png and writes PATH.csv.")
 BATCHES = flags.DEFINE_list("batches", ["1", "4", "16", "64", "256"], "Of --sweep.")
 JSON = flags.DEFINE_bool("json", False, "One JSON object a quote on stdout, nothing else.")
+EXPORT = flags.DEFINE_string("export_cache", None, "Fill a compilation cache for an engine on --mesh.")
 LIST = flags.DEFINE_bool("list", False, "Name the presets, and stop.")
 
 
@@ -61,6 +65,11 @@ def main(argv):
         raise ValueError(f"--steps={','.join(STEPS_.value)}: {wrong[0]!r} is none of {', '.join(STEPS)}")
     work, topology, refused = workload(), TOPOLOGY.value, []
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    if EXPORT.value:
+        if not MESH.value:
+            raise ValueError("--export_cache without --mesh: programs are compiled for one mesh")
+        made = export_cache(work, topology, MESH.value, Path(EXPORT.value))
+        return print(json.dumps(dataclasses.asdict(made)) if JSON.value else report.exported(made))
     if SWEEP.value:
         meshes = [MESH.value] if MESH.value else candidates(work, topology, ("decode",))[0]
         sizes = [int(n) for n in BATCHES.value]

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from llm_jax.cache.paged import PagedCache, copy_pages, put_pages, take_pages
-from llm_jax.config import EngineConfig
+from llm_jax.config import EngineConfig, ModelConfig
 from llm_jax.engine.plan import StepPlan
 from llm_jax.infer.generate import Timing
 from llm_jax.infer.llm import LLM
@@ -33,6 +33,7 @@ from llm_jax.infer.paged_steps import (
     make_write_masks,
     make_write_slots,
 )
+from llm_jax.kernels.choice import kernel_refusal
 from llm_jax.ops.sampling import EVERYTHING, GREEDY, MAX_STOPS, TIERS, SamplingFeatures, new_rows
 from llm_jax.sharding import batch_sharding, data_shards
 
@@ -80,6 +81,12 @@ class Buckets:
         mixed = rows if drafts else tuple(sorted(mixed))
         sizes = (rows, mixed, tuple(sorted(chunks)), pages, pools, alignment, drafts)
         return cls(*sizes, config.adapters > 0, hidden)
+
+    @staticmethod
+    def row_alignment(kind: str, *models: ModelConfig) -> int:
+        """`alignment` of an engine with these models on a kind of device: the kernels', if they serve."""
+        kernels = [m.attention != "xla" and not kernel_refusal(kind, m.head_dim) for m in models]
+        return ALIGNMENT if any(kernels) else 1
 
     @property
     def of_drafter(self) -> "Buckets":

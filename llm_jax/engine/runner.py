@@ -19,11 +19,10 @@ from llm_jax.engine.drafts import ON_DEVICE
 from llm_jax.engine.live import Live, LiveRequests
 from llm_jax.engine.page_mover import PageMover
 from llm_jax.engine.plan import Row, StepPlan
-from llm_jax.engine.programs import ALIGNMENT, WRITTEN, Buckets, Programs
+from llm_jax.engine.programs import WRITTEN, Buckets, Programs
 from llm_jax.engine.taps import StepTaps, is_tapped, step_taps
 from llm_jax.infer.llm import LLM
 from llm_jax.infer.paged_steps import StepShape, init_slots, make_paged_forward
-from llm_jax.kernels.choice import kernel_refusal
 from llm_jax.ops.sampling import (
     EVERYTHING,
     GREEDY,
@@ -70,8 +69,7 @@ class Runner:
         self.shards = data_shards(self._mesh)
         kind = self._mesh.devices.flat[0].device_kind
         configs = [model.config, *([drafter.model.config] if isinstance(drafter, LLM) else [])]
-        kernels = [c.attention != "xla" and not kernel_refusal(kind, c.head_dim) for c in configs]
-        self.alignment = ALIGNMENT if any(kernels) else 1
+        self.alignment = Buckets.row_alignment(kind, *configs)
         self.windows = pool_windows(model.config)
         self.adapters = Adapters(llm, config)  # before pages take the rest of the memory
         self.drafter = self._drafter_of(drafter)

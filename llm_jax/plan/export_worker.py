@@ -9,7 +9,7 @@ import jax
 
 from llm_jax.cache.paged import abstract_paged, pool_windows
 from llm_jax.config import EngineConfig
-from llm_jax.engine.programs import ALIGNMENT, Buckets, Programs
+from llm_jax.engine.programs import Buckets, Programs
 from llm_jax.infer.generate import Compiled
 from llm_jax.infer.paged_steps import init_slots
 from llm_jax.models import Model, Params
@@ -49,7 +49,8 @@ def engine_programs(work: Workload, mesh: jax.sharding.Mesh, config: EngineConfi
     slots = jax.eval_shape(lambda: init_slots(config.max_rows, model.config, mesh))
     slots = jax.tree.map(lambda x: x.update(sharding=batch_sharding(mesh, x.shape)), slots)
     per_row = -(-config.max_length // config.page_size)
-    buckets = Buckets.of(config, per_row, len(pool_windows(model.config)), ALIGNMENT)
+    alignment = Buckets.row_alignment(mesh.devices.flat[0].device_kind, model.config)
+    buckets = Buckets.of(config, per_row, len(pool_windows(model.config)), alignment)
     return Programs(llm, config, buckets, (cache,), slots)
 
 

@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from llm_jax.plan.export import Exported
 from llm_jax.plan.quote import Quote, StepQuote
 from llm_jax.plan.search import pareto
 
@@ -91,6 +92,16 @@ def table(quotes: Sequence[Quote], refused: Sequence[tuple[str, str]] = ()) -> s
     lines = ["  ".join(f"{x:<{w}}" for x, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [f"not compiled: {mesh}: {reason}" for mesh, reason in refused]
     return "\n".join([*lines, "", NOTE])
+
+
+def exported(made: Exported) -> str:
+    """What was compiled ahead, and how an engine finds it."""
+    settings = made.settings | {"pages": tuple(made.settings["pages"])}
+    given = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    return (
+        f"{made.programs} programs, {made.new} of them new, in {made.seconds:.0f} s. An engine that has "
+        f"them:\n  JAX_COMPILATION_CACHE_DIR=DIR, EngineConfig({given})"
+    )
 
 
 def number(value: float | None, form: str) -> str:

@@ -9,11 +9,15 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from llm_jax.cache.paged import init_paged, pool_windows
-from llm_jax.config import OptimConfig
+from llm_jax.config import EngineConfig, OptimConfig
+from llm_jax.engine.engine import Engine
+from llm_jax.infer.llm import LLM
 from llm_jax.models import describe, init_params
 from llm_jax.plan import report
+from llm_jax.plan.export_worker import engine_programs
 from llm_jax.plan.kernels import Lengths, kernel_cost
 from llm_jax.plan.quote import Quote, arrays_of, quote
 from llm_jax.plan.search import candidates, meshes, pareto, rank
@@ -228,3 +232,32 @@ def test_arrays_of_names_what_there_is():
     found = arrays_of(Workload("gpt2", context=64), "v5e:1x1", "data:1", ("train", "decode"))
     assert set(found) == {"weights", "optimizer", "cache"}
     assert found["optimizer"] == pytest.approx(2 * found["weights"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_exported_programs_are_those_of_an_engine(tiny, tmp_path):
+    """An engine finds every program in a cache that was filled from shapes alone."""
+    work = Workload(tiny, batch=2, context=32, page_size=16, prefill_tokens=16)
+    mesh = make_mesh("data:1,tensor:4")
+    config = EngineConfig(
+        max_rows=2, token_budget=16, max_length=32, page_size=16, pages=(5,), cache_dtype="bfloat16"
+    )
+    kept = jax.config.jax_compilation_cache_dir
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    entries = lambda: {path.name for path in tmp_path.glob("*-cache")}  # noqa: E731
+    try:
+        compilation_cache.reset_cache()
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        engine_programs(work, mesh, config).compile_all()
+        exported = entries()
+        params = init_params(describe(work.config), mesh, jax.random.key(0))
+        before = entries()
+        Engine(LLM.from_params(describe(work.config), params, None, mesh=mesh), config)
+        made = {name for name in entries() - before if "forward" in name or "choose" in name}
+    finally:
+        jax.config.update("jax_compilation_cache_dir", kept)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+        compilation_cache.reset_cache()
+    assert len([name for name in exported if "forward" in name]) >= 3
+    assert made == set()
