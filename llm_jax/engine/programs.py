@@ -84,7 +84,7 @@ class Buckets:
 
     @staticmethod
     def row_alignment(kind: str, *models: ModelConfig) -> int:
-        """`alignment` of an engine with these models on a kind of device: the kernels', if they serve."""
+        """`alignment` of an engine of these models on a kind of device: that of kernels, if any."""
         kernels = [m.attention != "xla" and not kernel_refusal(kind, m.head_dim) for m in models]
         return ALIGNMENT if any(kernels) else 1
 

@@ -136,7 +136,7 @@ def _lower(case: Case, devices: list[Any]) -> jax.stages.Lowered:
 def _coords(case: Case, first: Any, topology: str) -> list[tuple[int, ...]]:
     """Where the devices of the program are, in its order: that of the mesh of its arguments."""
     shardings = (getattr(x, "sharding", None) for x in jax.tree.leaves(case.args))
-    meshes = (s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding))
+    meshes: Any = (s.mesh for s in shardings if isinstance(s, jax.sharding.NamedSharding))
     devices = next((list(mesh.devices.flat) for mesh in meshes), [first])
     axes = topology.count("x") + 1
     return [(*device.coords[:axes], device.core_on_chip) for device in devices]
