@@ -41,13 +41,17 @@ def test_steps_compile_for_every_generation(topology, mesh):
     records = list(map(json.loads, output.splitlines()))
     found = {(record["model"], record["step"]): record for record in records}
     steps = ("prefill", "decode", "train")
-    assert list(found) == [(model, step) for model in ("gemma2", "llama") for step in steps]
+    wanted = [(model, step) for model in ("gemma2", "llama") for step in steps]
+    wanted += [(model, step) for model in ("int8", "w8a8") for step in steps[:2]]
+    assert list(found) == wanted
     kernels = {
         "prefill": ["flash_attention"],
         "decode": ["paged_decode"],
         "train": ["flash_attention", "flash_attention_keys"],
     }
-    assert all(record["kernels"] == kernels[step] for (_, step), record in found.items())
+    for (model, step), record in found.items():
+        rounded = ["quantized_matmul"] if model in ("int8", "w8a8") else []
+        assert record["kernels"] == kernels[step] + rounded
     if "tensor" in mesh:  # the sums of attention and feed-forward outputs
         assert all("all-reduce" in record["collectives"] for record in found.values())
     if "fsdp" in mesh:  # parameters are brought together where they are used
