@@ -27,6 +27,7 @@ SCHEMES = ("int8", "w8a8")  # weights alone; activations too, as they come, each
 FLOATS = ("", "float32", "bfloat16", "float16")
 SMALLEST = 1e-30  # of a scale times 127, so that it is a normal number where a row is nothing but zeros
 HEAD = "lm_head/weight"
+LANES = 128  # columns of a tile on TPUs: XLA copies a matrix [C, O] with other O at every use
 T = TypeVar("T")
 
 
@@ -86,7 +87,6 @@ def read_weights(weights: str, dtype: str = "") -> tuple[str, str]:
 def rounded_weights(model: Described, mesh: Mesh, scheme: str) -> dict[str, Weight]:
     """{path: what becomes of it} of the weights that a scheme of `SCHEMES` rounds, for these devices."""
     choice("weights", scheme, SCHEMES)
-    transposed, round_x = _platform(mesh) == "cpu", scheme == "w8a8"
     shapes = flatten(model.shapes)
     axes, contract = (flatten(tree, is_leaf=is_axes) for tree in (model.axes, model.contract))
     found = {}
@@ -97,8 +97,16 @@ def rounded_weights(model: Described, mesh: Mesh, scheme: str) -> dict[str, Weig
         assert names[-1:] == contract[path], f"{path} {names}: the axis that is summed over comes last"
         *lead_out, inner = shape.shape
         lead, out = tuple(lead_out[:stacked]), tuple(lead_out[stacked:])
-        found[path] = Weight(lead, out, inner, (names[-1], names[stacked]), transposed, round_x)
+        weight = Weight(lead, out, inner, (names[-1], names[stacked]), False, scheme == "w8a8")
+        found[path] = dataclasses.replace(weight, transposed=not _for_kernel(weight, mesh))
     return found
+
+
+def _for_kernel(weight: Weight, mesh: Mesh) -> bool:
+    """Whether the TPU kernel multiplies by it: a device has whole tiles of its columns."""
+    scale = weight.abstract().scale
+    columns = weight.shardings(mesh).scale.shard_shape(scale.shape)[-1]
+    return _platform(mesh) == "tpu" and columns % LANES == 0
 
 
 def round_rows(w: Any, xp: Any) -> tuple[Any, Any]:

@@ -26,8 +26,8 @@ class QTensor:
 
     Both may lead with layers; layer [] then says which one is meant, None that all are. out: the sizes
     of the axes that O stands for. axes: the logical names of C and of the first of O. transposed: q is
-    [O, C], as CPUs prefer it; TPUs load C first. round_x: products round activations to int8 too, each
-    token's by itself.
+    [O, C], as XLA prefers it; the TPU kernel loads C first. round_x: products round activations to int8
+    too, each token's by itself.
     """
 
     q: Any
@@ -133,9 +133,10 @@ def _product(x: jax.Array, w: QTensor) -> jax.Array:
     depth, columns = in_order(*w.q.shape[-2:], w.transposed)
     assert x.shape[-1] == depth, f"weight {w.q.shape} does not fit activation {x.shape}"
     one = jax.ShapeDtypeStruct((depth, columns), w.q.dtype)
-    choice = choose(x, one, jax.ShapeDtypeStruct((columns,), w.scale.dtype))
+    options: dict[str, Any] = {"transposed": w.transposed, "quantize_x": w.round_x}
+    choice = choose(x, one, jax.ShapeDtypeStruct((columns,), w.scale.dtype), **options)
     rows = bucket(math.prod(x.shape[:-1]))
     note(QuantizedProblem(str(x.dtype), w.round_x, rows, depth, columns), choice)
-    options: dict[str, Any] = {"layer": w.layer, "transposed": w.transposed, "quantize_x": w.round_x}
-    y = quantized_matmul(x, w.q, w.scale, implementation=choice.implementation, **options)
+    options |= {"layer": w.layer, "implementation": choice.implementation}
+    y = quantized_matmul(x, w.q, w.scale, **options)
     return y.reshape(*x.shape[:-1], -1, *w.out[1:])

@@ -117,10 +117,8 @@ def test_each_device_has_the_outputs_it_had(params):
         if is_quantized(leaf):
             sizes = [np.prod(x.sharding.shard_shape(x.shape)) for x in (leaf.q, floats[path])]
             assert sizes[0] == sizes[1], path
-            assert (
-                leaf.q.sharding.shard_shape(leaf.q.shape)[-1]
-                == leaf.scale.sharding.shard_shape(leaf.scale.shape)[-1]
-            )
+            outputs = leaf.q.sharding.shard_shape(leaf.q.shape)[-2 if leaf.transposed else -1]
+            assert outputs == leaf.scale.sharding.shard_shape(leaf.scale.shape)[-1]
 
 
 @pytest.mark.parametrize("mesh", ["data:1", "data:2,fsdp:2,tensor:2"])

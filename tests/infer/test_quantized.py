@@ -140,7 +140,7 @@ def test_meshes_agree(mesh, params, wanted):
     ],
 )
 def test_llm_and_engine_say_the_same(mesh, scheme, params):
-    """With w8a8 a number may lie on the other side of half a step, by the last bit of what came before."""
+    """With w8a8 a number may be rounded otherwise, by the last bit of what came before."""
     mesh = make_mesh(mesh)
     placed = jax.tree.map(jax.device_put, params, MODEL.shardings(mesh))
     llm = LLM.from_params(MODEL, quantize(placed, MODEL, mesh, scheme), None, mesh=mesh)

@@ -2,7 +2,7 @@
 
     python tests/tpu/compile_steps.py TOPOLOGY MESH        e.g. v5e:2x2 data:1,tensor:4
 
-libtpu compiles on any machine. Prints one JSON object per step of three models: `model`, `step`,
+libtpu compiles on any machine. Prints one JSON object per step of the models: `model`, `step`,
 `argument_bytes` and `temp_bytes` (of one device), `collectives` and Pallas `kernels` (names in the final
 program).
 """
@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from llm_jax.cache import abstract_cache
+from llm_jax.compress.quantize import quantized_shapes
 from llm_jax.config import ModelConfig, OptimConfig
 from llm_jax.infer.steps import DecodeState, make_decode, make_prefill
 from llm_jax.models import describe
@@ -65,10 +66,11 @@ PLAIN = dataclasses.replace(
 MIXTURE = dataclasses.replace(PLAIN, family="mixtral", num_experts=8, experts_per_token=2)
 
 
-def lowered(config: ModelConfig, mesh):
-    """(step, what to compile) of one model."""
+def lowered(config: ModelConfig, mesh, weights: str = ""):
+    """(step, what to compile) of one model; without training where `weights` are rounded."""
     model, whole = describe(config), replicated(mesh)
     params = jax.tree.map(_placed, model.shapes, model.shardings(mesh))
+    params = quantized_shapes(model, mesh, weights) if weights else params
     cache = abstract_cache(model.config, BATCH, CACHE, mesh)
     rows = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, shape))  # noqa: E731
     with jax.set_mesh(mesh):
@@ -91,6 +93,8 @@ def lowered(config: ModelConfig, mesh):
     with jax.set_mesh(mesh):
         yield "decode", make_decode(model, features, 8).lower(params, cache, state, steps)
 
+    if weights:
+        return
     master = describe(dataclasses.replace(config, param_dtype="float32"))
     optimizer = make_optimizer(OptimConfig(learning_rate=1e-3), master, 100)
     batch = {k: rows((BATCH, PROMPT)) for k in ("tokens", "targets", "segment_ids", "positions")}
@@ -107,8 +111,10 @@ def main(topology: str, shape: str) -> None:
     options = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}  # one device a chip
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     mesh = make_mesh(shape, found.devices)
-    for name, config in {"gemma2": CONFIG, "llama": PLAIN, "mixtral": MIXTURE}.items():
-        for step, program in lowered(config, mesh):
+    models = {"gemma2": (CONFIG,), "llama": (PLAIN,), "mixtral": (MIXTURE,)}
+    models |= {"int8": (PLAIN, "int8"), "w8a8": (PLAIN, "w8a8")}
+    for name, model in models.items():
+        for step, program in lowered(model[0], mesh, *model[1:]):
             compiled = program.compile()
             memory, text = compiled.memory_analysis(), compiled.as_text()
             record = {

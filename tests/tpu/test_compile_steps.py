@@ -42,8 +42,9 @@ def test_steps_compile_for_every_generation(topology, mesh):
     records = list(map(json.loads, output.splitlines()))
     found = {(record["model"], record["step"]): record for record in records}
     steps = ("prefill", "decode", "train")
-    models = ("gemma2", "llama", "mixtral")
-    assert list(found) == [(model, step) for model in models for step in steps]
+    wanted = [(model, step) for model in ("gemma2", "llama", "mixtral") for step in steps]
+    wanted += [(model, step) for model in ("int8", "w8a8") for step in steps[:2]]
+    assert list(found) == wanted
     kernels = {
         "prefill": ["flash_attention"],
         "decode": ["paged_decode"],
@@ -52,7 +53,8 @@ def test_steps_compile_for_every_generation(topology, mesh):
     grouped = {"train": ["grouped_matmul", "grouped_matmul_weights"]}
     for (model, step), record in found.items():
         experts = grouped.get(step, ["grouped_matmul"]) if model == "mixtral" else []
-        assert record["kernels"] == sorted(kernels[step] + experts)
+        rounded = ["quantized_matmul"] if model in ("int8", "w8a8") else []
+        assert record["kernels"] == sorted(kernels[step] + experts + rounded)
     if "tensor" in mesh:  # the sums of attention and feed-forward outputs
         assert all("all-reduce" in record["collectives"] for record in found.values())
     if "expert" in mesh:

@@ -30,20 +30,26 @@ INTEGERS = (jnp.dtype(jnp.int8), jnp.dtype(jnp.int4))
 WEIGHTS = (*INTEGERS, jnp.dtype(jnp.float8_e4m3fn), jnp.dtype(jnp.float8_e5m2))
 
 
-def choose(x: jax.Array, w: jax.Array, scale: jax.Array, kind: str | None = None) -> Choice:
-    """What `quantized_matmul` takes for such arrays (or shapes) on a kind of device, or on ours."""
+def choose(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    kind: str | None = None,
+    *,
+    quantize_x: bool = False,
+    transposed: bool = False,
+) -> Choice:
+    """What `quantized_matmul` takes for such arrays (or shapes) on a kind of device, or on ours.
+
+    w: [K, N], whatever `transposed` says.
+    """
     kind = device_kind() if kind is None else kind
-    if kind == "cpu" and not _not_by_integers(w, scale):
-        return Choice("integers", "there is no kernel for cpu, whose int8 products are fast")
-    if not kind.startswith("TPU"):
-        return Choice("xla", f"there is no kernel for {kind}")
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
-        return Choice("xla", f"the kernel takes bfloat16 and float32, not {x.dtype}")
-    if not math.prod(x.shape) or not w.shape[1]:
-        return Choice("xla", f"x {x.shape} times w {w.shape} is empty")
-    if scale.ndim == 2 and scale.shape[0] > 1 and (w.shape[0] // scale.shape[0]) % GROUP:
-        return Choice("xla", f"groups of {w.shape[0] // scale.shape[0]} rows, no multiple of {GROUP}")
-    return Choice("pallas", "TPU kernel")
+    refusal = _not_by_kernel(x, w, scale, kind, transposed)
+    if not refusal:
+        return Choice("pallas", "TPU kernel")
+    if (kind == "cpu" or quantize_x) and not _not_by_integers(w, scale):
+        return Choice("integers", f"{refusal}, and products of integers are fast")
+    return Choice("xla", refusal)
 
 
 def quantized_matmul(
@@ -91,19 +97,28 @@ def quantized_matmul(
     scale = jax.lax.dynamic_index_in_dim(scale, layer, keepdims=False)
     one = jax.ShapeDtypeStruct(w.shape[:0:-1] if transposed else w.shape[1:], w.dtype)
     _check(x, one, scale, bias, residual, activation, quantize_x, implementation)
-    if implementation is None:
-        implementation = "pallas" if interpret else choose(x, one, scale).implementation
-    if implementation == "integers" and (refusal := _not_by_integers(one, scale)):
-        raise ValueError(f"implementation='integers': {refusal}; take 'xla' or None")
-    if implementation == "pallas" and not interpret and choose(x, one, scale).implementation != "pallas":
-        raise ValueError(f"implementation='pallas': {choose(x, one, scale).reason}; take 'xla' or None")
+    implementation = _named(x, one, scale, quantize_x, transposed, implementation, interpret)
     spec = _Spec(implementation, activation, quantize_x, transposed, blocks, interpret)
-    if implementation == "pallas" and transposed:
-        raise ValueError("implementation='pallas' with transposed=True: expected w [K, N], or 'xla'")
     rows, columns = x.reshape(-1, x.shape[-1]), one.shape[1]
     flat = None if residual is None else residual.reshape(-1, columns)
     y: Any = _multiply(spec, jnp.asarray(layer, jnp.int32), rows, w, scale, bias, flat)
     return y.reshape(*x.shape[:-1], columns)
+
+
+def _named(x, w, scale, quantize_x, transposed, implementation, interpret) -> str:
+    """The implementation that runs; ValueError where that cannot be."""
+    if implementation is None:
+        options = {"quantize_x": quantize_x, "transposed": transposed}
+        return "pallas" if interpret else choose(x, w, scale, **options).implementation
+    kind = "TPU" if interpret else device_kind()
+    refusal = ""
+    if implementation == "pallas":
+        refusal = _not_by_kernel(x, w, scale, kind, transposed)
+    if implementation == "integers":
+        refusal = _not_by_integers(w, scale)
+    if refusal:
+        raise ValueError(f"implementation={implementation!r}: {refusal}; take 'xla' or None")
+    return implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +214,21 @@ _multiply.defvjp(_forward, _backward)
 
 def _of_layer(w: jax.Array, layer: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(w, layer, keepdims=False)
+
+
+def _not_by_kernel(x: jax.Array, w: jax.Array, scale: jax.Array, kind: str, transposed: bool) -> str:
+    """Why the kernel does not take such arrays; "" = it does."""
+    if not kind.startswith("TPU"):
+        return f"there is no kernel for {kind}"
+    if transposed:
+        return "the kernel takes w [K, N], not [N, K]"
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"the kernel takes bfloat16 and float32, not {x.dtype}"
+    if not math.prod(x.shape) or not w.shape[1]:
+        return f"x {x.shape} times w {w.shape} is empty"
+    if scale.ndim == 2 and scale.shape[0] > 1 and (w.shape[0] // scale.shape[0]) % GROUP:
+        return f"groups of {w.shape[0] // scale.shape[0]} rows, no multiple of {GROUP}"
+    return ""
 
 
 def _not_by_integers(w: jax.Array, scale: jax.Array) -> str:
