@@ -82,8 +82,7 @@ def main(argv: list[str]) -> None:
     speeds = {name: getattr(llm.stats, name) for name in SPEEDS}
     for output in outputs:
         if FLAGS.json:
-            record = {n: getattr(output, n) for n in REPORTED} | speeds
-            print(json.dumps(record, ensure_ascii=False))
+            print(json.dumps({n: getattr(output, n) for n in REPORTED} | speeds, ensure_ascii=False))
         else:
             print("" if live else f"{output.prompt}{output.text}\n{'-' * 40}")
     stats = llm.stats
