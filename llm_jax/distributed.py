@@ -14,12 +14,14 @@ alone none of this does anything.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
 import platform
+import signal
 import socket
 import sys
 import threading
@@ -27,11 +29,11 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import jax
-import jaxlib
 from jax._src import distributed as runtime  # its key-value store has no public name
 from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
@@ -98,7 +100,14 @@ class Watch:
         self._seen: dict[int, tuple[Sign, float]] = {}  # newest sign of each process, since when
         self._over, self._ending = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def begin(self) -> None:
+        """Start the thread, and say something when the runtime aborts, as it does without process 0."""
         self._thread.start()
+        # Handlers of `signal.signal` run in the main thread, and it is another one that aborts. The
+        # runtime has a callback for this, but none in Python (jaxlib 0.10.2: std::bad_cast).
+        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
+        ctypes.CDLL(None).signal(signal.SIGABRT, self._handler)
 
     def arrive(self, name: str, timeout: float | None = None) -> Place:
         """Note that this process is at the next place."""
@@ -166,14 +175,28 @@ class Watch:
                 self._tell()
                 signs = self._read()
             except jax.errors.JaxRuntimeError:
-                continue  # the store is gone, and process 0 with it: `_cut_off` hears of it
+                continue  # the store is gone, and process 0 with it: the runtime aborts in a moment
             if found := self.problems(signs, time.monotonic()):
-                self._give_up("; ".join(found))
+                self._announce("; ".join(found))
+                self.leave(LOST, "; ".join(found))
 
-    def _give_up(self, problem: str) -> NoReturn:
+    def _announce(self, problem: str) -> None:
         message = f"process {self.index} of {self.count} ends (status {LOST}): {problem}"
         print(f"{message}. Start all of them again to go on", file=sys.stderr, flush=True)
-        self.leave(LOST, problem)
+
+    def _aborted(self, _: int) -> NoReturn:
+        who = self._seen[0][0].who if 0 in self._seen else "never heard of"
+        leader = f"process 0 ({who}), through which all of them talk,"
+        problem = (
+            f"the runtime aborted, as it says; where that is for want of its leader, {leader} is frozen"
+        )
+        host, _, port = runtime.global_state.coordinator_address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=BEAT).close()
+        except OSError:
+            problem = f"{leader} is gone"
+        self._announce(problem)
+        os._exit(LOST)
 
     def _tell(self, **changes: Any) -> None:
         beat, place = self._sign.beat + 1, self._places[-1].number
@@ -291,8 +314,8 @@ def code() -> dict[str, str]:
     package, digest = Path(__file__).parent, hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
-    versions = {"python": platform.python_version(), "jax": jax.__version__}
-    return {"llm_jax sources": digest.hexdigest()[:16], **versions, "jaxlib": jaxlib.__version__}
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib")}
+    return {"sources": digest.hexdigest()[:16], "python": platform.python_version(), **versions}
 
 
 def preempted() -> bool:
@@ -317,7 +340,9 @@ def _start() -> Watch | None:
     except jax.errors.JaxRuntimeError as error:
         raise OSError(f"the processes did not come together: {error}") from error
     state = runtime.global_state
-    return Watch(state.client, state.process_id, state.num_processes, float(text))
+    watch = Watch(state.client, state.process_id, state.num_processes, float(text))
+    watch.begin()
+    return watch
 
 
 def _environment() -> dict[str, Any] | None:

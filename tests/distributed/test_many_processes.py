@@ -265,7 +265,7 @@ def test_different_commands_and_sources_do_not_start(tmp_path):
         """)
     )
     for arguments, difference in (
-        ([other], "differ in their code:\n[0]   llm_jax sources: "),
+        ([other], "differ in their code:\n[0]   sources: "),
         ([], 'differ in their command line:\n[0]   arguments: [] in process 0; ["more"] in process 1'),
     ):
         running = start(tmp_path, 2, 1, tmp_path / "small.py", *arguments)

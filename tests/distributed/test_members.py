@@ -3,7 +3,6 @@
 import dataclasses
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -132,13 +131,18 @@ def test_one_process_needs_no_others(monkeypatch):
             assert distributed.from_main("a", lambda: 3) == 3 and distributed.is_main()
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Stands for a device of one of several processes."""
+
+    id: int
+    process_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
 def devices(processes, each):
-    """Stand-ins for the devices of several processes."""
-    made = [
-        SimpleNamespace(id=n, process_index=n // each, platform="cpu", device_kind="cpu", client=None)
-        for n in range(processes * each)
-    ]
-    return np.array(made, object)
+    return np.array([Device(n, n // each) for n in range(processes * each)], object)
 
 
 @pytest.mark.parametrize(
