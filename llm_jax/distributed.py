@@ -226,8 +226,7 @@ def member() -> Iterator[None]:
     if _watch is None:
         yield
         return
-    if _watch.index:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # what programs say, process 0 says for all
+    _leave_standard_output_to_process_0()
     try:
         yield
     except BaseException as error:
@@ -343,6 +342,14 @@ def _start() -> Watch | None:
     watch = Watch(state.client, state.process_id, state.num_processes, float(text))
     watch.begin()
     return watch
+
+
+def _leave_standard_output_to_process_0() -> None:
+    """What the other processes print is dropped; what libraries print (gloo does) goes to stderr."""
+    saved = os.dup(1) if is_main() else os.open(os.devnull, os.O_WRONLY)
+    sys.stdout.flush()
+    sys.stdout = open(saved, "w", encoding=sys.stdout.encoding, buffering=1)
+    os.dup2(2, 1)
 
 
 def _environment() -> dict[str, Any] | None:
