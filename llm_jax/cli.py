@@ -10,6 +10,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from llm_jax import distributed
 from llm_jax.config import unknown_override
 
 # Bad input, a disk, a loss that is not finite, too little memory: not bugs.
@@ -21,18 +22,32 @@ def run(main: Callable[[list[str]], None]) -> None:
 
     Such a message says what to do, so it stands alone on standard error, as `NAME.py: MESSAGE`; the
     traceback comes above it with --verbosity=1. Other exceptions are bugs and keep their traceback.
-    Warnings and worse are logged, unless --verbosity says otherwise.
+    Warnings and worse are logged, unless --verbosity says otherwise. Where the environment describes
+    several processes they come together first, and go on only with the same code and command line.
     """
-    app.run(_advising(main), flags_parser=_advising(_parse_flags))
+    _advising(_run)(main)
 
 
-def _advising(function: Callable[[list[str]], Any]) -> Callable[[list[str]], Any]:
+def _run(main: Callable[[list[str]], None]) -> None:
+    """`run`, but for errors at the start."""
+
+    def agreed(argv: list[str]) -> None:
+        distributed.agree("code", distributed.code(), "Install the same versions for all of them.")
+        line = {"arguments": sys.argv[1:]}
+        distributed.agree("command line", line, "Start all of them with the same command.")
+        main(argv)
+
+    with distributed.member():
+        app.run(_advising(agreed), flags_parser=_advising(_parse_flags))
+
+
+def _advising(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """`function`, whose errors of `ADVICE` end the program as `run` says."""
 
     @functools.wraps(function)
-    def call(argv: list[str]) -> Any:
+    def call(argument: Any) -> Any:
         try:
-            return function(argv)
+            return function(argument)
         except ADVICE as error:
             hint = " (--verbosity=1 shows the traceback)"
             if int(flags.FLAGS["verbosity"].value or 0) >= logging.DEBUG:

@@ -5,14 +5,18 @@ tables say which mesh axis, if any, splits each name. A dimension that its mesh 
 is kept whole on every device of that axis, and that is logged once.
 """
 
+import functools
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from llm_jax.config import nearest
 
@@ -80,11 +84,12 @@ def make_mesh(shape: Mapping[str, int] | str = "", devices: Sequence | None = No
     """Mesh with axes data, fsdp, expert, context, tensor over the first devices that the shape needs.
 
     Sizes not named are 1; one may be -1 and takes the devices that are left. Raises ValueError
-    when the sizes do not fit the devices there are.
+    when the sizes do not fit the devices there are, or leave some of several processes without any.
     """
     sizes = {**dict.fromkeys(MESH_AXES, 1), **(parse_mesh(shape) if isinstance(shape, str) else shape)}
     if unknown := set(sizes) - set(MESH_AXES):
         raise ValueError(f"mesh axes {sorted(unknown)} are unknown; expected {MESH_AXES}")
+    real = devices is None  # and not those of a topology to compile for
     devices = list(jax.devices() if devices is None else devices)
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:
@@ -99,6 +104,12 @@ def make_mesh(shape: Mapping[str, int] | str = "", devices: Sequence | None = No
         raise ValueError(
             f"mesh {sizes} needs {needed} devices, there are {len(devices)}; on a CPU set "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
+        )
+    idle = {d.process_index for d in devices} - {d.process_index for d in devices[:needed]}
+    if real and idle:
+        raise ValueError(
+            f"mesh {sizes} takes {needed} of {len(devices)} devices and none of processes "
+            f"{sorted(idle)}: expected all devices, as --mesh=data:-1 does"
         )
     return jax.make_mesh(
         tuple(sizes.values()),
@@ -209,6 +220,54 @@ def balanced(x: jax.Array) -> jax.Array:
 def data_shards(mesh: Mesh) -> int:
     """How many parts a batch is split into."""
     return math.prod(mesh.shape[axis] for axis in DATA_AXES)
+
+
+@functools.lru_cache(maxsize=64)
+def host_share(mesh: Mesh) -> tuple[int, int]:
+    """(i, n): of a batch cut into n equal parts, this process's devices hold the i-th.
+
+    Processes that share an axis of the mesh other than data and fsdp hold the same part. ValueError
+    where the data shards cannot be dealt out like that.
+    """
+    shards, held = data_shards(mesh), defaultdict(set)
+    for device, (rows,) in batch_sharding(mesh, (shards,)).devices_indices_map((shards,)).items():
+        held[device.process_index].add(rows.indices(shards)[0])
+    size = len(held[jax.process_index()])
+    parts = {tuple(range(first, first + size)) for first in range(0, shards, size)}
+    if any(tuple(sorted(rows)) not in parts for rows in held.values()):
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} deals {shards} data shards to {len(held)} processes unequally: "
+            "expected data * fsdp to be a multiple or a divisor of the number of processes"
+        )
+    return min(held[jax.process_index()]) // size, shards // size
+
+
+def put(x: Any, target: Sharding) -> jax.Array:
+    """A host array on `target`. All processes give the same one, and each keeps its shards of it."""
+    if target.is_fully_addressable:
+        return jax.device_put(x, target)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, target, lambda index: x[index])
+
+
+def put_batch(x: Any, mesh: Mesh) -> jax.Array:
+    """`put` of a batch [B, ...]: rows over the data axes, everything else whole."""
+    return put(x, batch_sharding(mesh, x.shape))
+
+
+def put_whole(x: Any, mesh: Mesh) -> jax.Array:
+    """`put` of what every device needs whole."""
+    return put(x, replicated(mesh))
+
+
+def fetch(tree: Any) -> Any:
+    """`jax.device_get`, also of arrays of which other processes hold parts; all of them must call it."""
+
+    def whole(x: Any) -> Any:
+        here = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+        return x if here else multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def _mesh_axis(name: str | None, rules: Rules, size: int, mesh: Any) -> str | tuple | None:

@@ -14,7 +14,7 @@ import sys
 
 from absl import app, flags
 
-from llm_jax import LLM, SamplingParams, cli
+from llm_jax import LLM, SamplingParams, cli, distributed
 from llm_jax.infer import sampling_flags
 from llm_jax.infer.beam import BeamOptions
 from llm_jax.infer.timeline import Timeline
@@ -59,7 +59,7 @@ def run(llm: LLM, asked: list, request: SamplingParams, search: BeamOptions | No
     timeline = Timeline() if FLAGS.timeline else None
     show = (lambda _, text: print(text, end="", flush=True)) if live else None
     outputs = llm.generate(asked, request, on_text=show, timeline=timeline)
-    if timeline:
+    if timeline and distributed.is_main():
         print("\ntimeline:", *timeline.write(FLAGS.timeline), file=sys.stderr)
     return outputs
 
@@ -73,15 +73,17 @@ def main(argv: list[str]) -> None:
     if search and FLAGS.timeline:
         raise app.UsageError("--timeline shows sampling step by step; it needs --num_beams=1")
     asked = prompts()
+    distributed.agree("prompts", dict(enumerate(asked)), "Give them by --prompt or --prompt_file.")
     live = not FLAGS.json and len(asked) * request.n == 1 and search is None
     if live and not FLAGS.chat:
         print(asked[0], end="", flush=True)
     outputs = run(llm, asked, request, search, live)
+    if not distributed.is_main():
+        return
+    speeds = {name: getattr(llm.stats, name) for name in SPEEDS}
     for output in outputs:
         if FLAGS.json:
-            record = {name: getattr(output, name) for name in REPORTED}
-            record |= {name: getattr(llm.stats, name) for name in SPEEDS}
-            print(json.dumps(record, ensure_ascii=False))
+            print(json.dumps({n: getattr(output, n) for n in REPORTED} | speeds, ensure_ascii=False))
         else:
             print("" if live else f"{output.prompt}{output.text}\n{'-' * 40}")
     stats = llm.stats

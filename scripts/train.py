@@ -4,8 +4,9 @@
     python scripts/train.py --config=configs/sentiment.py --workdir=runs/mine \
         --config.data=mine.tsv --config.optim.learning_rate=5e-4 --mesh=data:2,tensor:4
 
-The same command resumes a run that was cut off. With --json, standard output holds one JSON object a
-line (the records of metrics.jsonl, then the results) and nothing else; progress goes to standard error.
+The same command resumes a run that was cut off, and is the one of every process where there are several
+(docs/scaling.md). With --json, standard output holds one JSON object a line (the records of
+metrics.jsonl, then the results) and nothing else; progress goes to standard error.
 """
 
 import json
@@ -15,7 +16,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from llm_jax import cli
+from llm_jax import cli, distributed
 from llm_jax.config import nearest
 from llm_jax.eval.runs import TASKS
 from llm_jax.sharding import make_mesh
@@ -37,8 +38,11 @@ def main(argv):
         raise ValueError(f"config.task={task!r}: expected one of {tuple(TASKS)}{nearest(task, TASKS)}")
     if PROFILE.value:
         settings["profile_steps"] = PROFILE.value
+    distributed.agree("config", settings, "Give all of them the same config file and overrides.")
     workdir = Path(WORKDIR.value)
     results = TASKS[task](settings, workdir, make_mesh(MESH.value), show if JSON.value else None)
+    if not distributed.is_main():
+        return
     (workdir / "results.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     if JSON.value:
         show(results)

@@ -7,13 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "llm_jax"
 
-GROUND = {"config", "sharding", "tree"}
+GROUND = {"config", "distributed", "sharding", "tree"}
 MODEL_ROOMS = GROUND | {"kernels", "ops", "models", "cache", "compress"}
 RUN_ROOMS = MODEL_ROOMS | {"checkpoint", "data"}
 ENGINE_ROOMS = RUN_ROOMS | {"train", "infer", "engine"}
 BELOW = {  # room: the rooms it may import besides itself
     "config": set(),
-    "cli": {"config"},  # for scripts alone
+    "cli": {"config", "distributed"},  # for scripts alone
+    "distributed": set(),
     "sharding": {"config"},
     "tree": {"config", "sharding"},
     "kernels": set(),  # jax only, so that they can be lifted out

@@ -16,6 +16,7 @@ from llm_jax.checkpoint.new_directory import new_directory
 from llm_jax.checkpoint.tensor_file import TensorFile, write_tensors
 from llm_jax.models import Model, Params
 from llm_jax.models.draft_head import DraftHeadModel, describe_draft_head
+from llm_jax.sharding import put
 from llm_jax.tree import flatten, unflatten
 
 # Settings of a model without which the head of one computes something else, or does not fit another
@@ -82,4 +83,4 @@ def _read_params(path: Path, head: DraftHeadModel, mesh: Mesh) -> Params:
     if found != expected:
         raise ValueError(f"{path}: it has tensors {found}, expected {expected}")
     values = {name: file.view(name).astype(shape.dtype) for name, shape in wanted.items()}
-    return unflatten({name: jax.device_put(value, places[name]) for name, value in values.items()})
+    return unflatten({name: put(value, places[name]) for name, value in values.items()})

@@ -11,6 +11,7 @@ whole once, and what still agrees with its manifest is whole now. Nothing else i
 """
 
 import dataclasses
+import functools
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers as keeping
 
 from llm_jax.checkpoint.manifest import damage, read_manifest, write_manifest
+from llm_jax.distributed import from_main, is_main
 from llm_jax.models import Params, Trainable
 from llm_jax.tree import flatten
 
@@ -38,7 +40,8 @@ class Checkpoints:
     """The checkpoints of one run, to save into; a context manager that waits for writes.
 
     A save that fails is logged as an error and counted in `failures`; its remains are removed, the
-    older checkpoints stay, and the program goes on.
+    older checkpoints stay, and the program goes on. Where several processes save together it is an
+    OSError, as they would wait for each other.
     """
 
     def __init__(
@@ -119,12 +122,16 @@ class Checkpoints:
         step, self._saving = self._saving, None
         self.failures += 1
         self.lost = f"the checkpoint of step {step} could not be written to {self._directory}: {error}"
+        if jax.process_count() > 1:
+            raise OSError(self.lost) from error
         logging.error("%s; training goes on, the older checkpoints stay", self.lost)
         self._remove_remains()
         self._manager.reload()
 
     def _remove_remains(self) -> None:
         """Of saves that failed: they would take the room of the next one."""
+        if not is_main():
+            return
         for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -175,13 +182,7 @@ def open_checkpoints(
     renamed to <step>.damaged. Raises OSError when the directory cannot be written to.
     """
     path = Path(directory).absolute()
-    path.mkdir(parents=True, exist_ok=True)
-    newest = latest_step(path)
-    for step in _steps(path):
-        if newest is not None and step > newest:
-            aside = path / f"{step}.damaged"
-            shutil.rmtree(aside, ignore_errors=True)
-            (path / str(step)).rename(aside)
+    newest = from_main("the newest checkpoint", functools.partial(_tidy, path))
     rules = {"keep": keep, "keep_best": keep_best, "best_metric": best_metric, "keep_every": keep_every}
     return Checkpoints(path, newest, **rules)
 
@@ -189,10 +190,26 @@ def open_checkpoints(
 def latest_step(directory: str | Path) -> int | None:
     """The newest step under `directory` that is whole; None when there are no steps at all.
 
-    Every byte of it is read and compared with its manifest. Damaged steps are passed over with a
-    warning that names the file; when no step is whole, ValueError names them all.
+    Every byte of it is read and compared with its manifest, by process 0 for all. Damaged steps are
+    passed over with a warning that names the file; when no step is whole, ValueError names them all.
     """
-    path, damaged = Path(directory), []
+    return from_main("the newest checkpoint", functools.partial(_latest_step, Path(directory)))
+
+
+def _tidy(path: Path) -> int | None:
+    """The newest whole step in the directory, made if need be; damaged steps above it are set aside."""
+    path.mkdir(parents=True, exist_ok=True)
+    newest = _latest_step(path)
+    for step in _steps(path):
+        if newest is not None and step > newest:
+            aside = path / f"{step}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (path / str(step)).rename(aside)
+    return newest
+
+
+def _latest_step(path: Path) -> int | None:
+    damaged = []
     for step in _steps(path):
         problem = damage(path / str(step))
         if not problem:
@@ -212,7 +229,7 @@ def latest_step(directory: str | Path) -> int | None:
 def check_step(directory: str | Path, step: int) -> None:
     """ValueError when the files of this step are not what its manifest says; without one, a warning."""
     path = Path(directory) / str(step)
-    problem = damage(path)
+    problem = from_main("a checkpoint", lambda: damage(path))
     if problem.startswith("no manifest"):
         logging.warning("%s: %s", path, problem)
     elif problem:

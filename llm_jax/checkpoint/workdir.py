@@ -7,6 +7,7 @@ WORKDIR/config.json          settings, model, git revision, versions
 """
 
 import dataclasses
+import functools
 import json
 import platform
 import subprocess
@@ -21,6 +22,7 @@ from jax.sharding import Mesh
 from llm_jax.checkpoint.hf import load_trunk, resolve
 from llm_jax.checkpoint.store import check_step, latest_step, restore_params
 from llm_jax.config import MAY_CHANGE, LoraConfig, ModelConfig, from_dict, to_dict
+from llm_jax.distributed import on_main
 from llm_jax.models import Model, Params, complete_params, describe
 from llm_jax.models.heads import HEADS
 from llm_jax.models.lora import LoraModel
@@ -49,7 +51,10 @@ def begin_run(workdir: str | Path, config: Any, model: ModelConfig | None) -> No
     Raises ValueError that lists the settings in which the run in `workdir` differs, but for those that
     decide nothing of what is computed (`config.MAY_CHANGE`).
     """
-    path = Path(workdir) / "config.json"
+    on_main("config.json", functools.partial(_begin_run, Path(workdir) / "config.json", config, model))
+
+
+def _begin_run(path: Path, config: Any, model: ModelConfig | None) -> None:
     wanted = {"config": to_dict(config), "model": to_dict(model)}
     if path.exists():
         found = _read(path)

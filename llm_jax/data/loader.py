@@ -6,7 +6,8 @@ exactly once per epoch and none is dropped: where B does not divide the number o
 holds the end of one epoch and the beginning of the next.
 
 The way of a batch: `loader(step)` numpy rows of this host -> `to_device` global sharded arrays;
-`prefetch` does both ahead of the step that runs.
+`prefetch` does both ahead of the step that runs. Processes whose devices hold the same rows
+(`sharding.host_share`) are one host here.
 """
 
 import bisect
@@ -173,15 +174,15 @@ class ExampleLoader:
 def to_device(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
     """This host's rows {name: [B / hosts, ...]} as global arrays [B, ...], rows over the data axes.
 
-    Host i of `jax.process_count()` must hold the i-th part of the batch. Raises ValueError when the
-    data axes cannot be cut at the hosts' borders.
+    They must be the part of the batch that `sharding.host_share` says. Raises ValueError when several
+    hosts have rows that the data axes do not divide.
     """
-    hosts, shards = jax.process_count(), sharding.data_shards(mesh)
-    rows = len(next(iter(batch.values()))) * hosts
-    if hosts > 1 and (shards % hosts or rows % shards):
+    _, hosts = sharding.host_share(mesh)
+    rows, shards = len(next(iter(batch.values()))) * hosts, sharding.data_shards(mesh)
+    if hosts > 1 and rows % shards:
         raise ValueError(
-            f"batch of {rows} rows over {shards} data shards and {hosts} hosts: expected data * fsdp "
-            "to be a multiple of the hosts, and the batch of data * fsdp"
+            f"batch of {rows} rows over {shards} data shards and {hosts} hosts: expected a multiple of "
+            "data * fsdp"
         )
 
     def place(values: np.ndarray) -> jax.Array:
@@ -190,6 +191,17 @@ def to_device(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
         return jax.make_array_from_process_local_data(target, values, shape)
 
     return {name: place(values) for name, values in batch.items()}
+
+
+def whole_to_device(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch {name: [B, ...]} that every host has whole, as global arrays, rows over the data axes."""
+    return {name: sharding.put_batch(values, mesh) for name, values in batch.items()}
+
+
+def this_host(mesh: Mesh) -> dict[str, int]:
+    """Which rows of a batch are this host's, as the loaders take it."""
+    index, count = sharding.host_share(mesh)
+    return {"host_index": index, "host_count": count}
 
 
 def prefetch(fetch: Callable[[int], T], start: int, stop: int, depth: int = 2) -> Iterator[T]:

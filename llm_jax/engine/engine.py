@@ -73,6 +73,11 @@ class Engine:
         """
         self.llm, self.config = llm, config or EngineConfig()
         model = llm.model
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"an Engine in {jax.process_count()} processes: expected one, on all of its devices; "
+                "LLM.generate runs in many (scripts/generate.py)"
+            )
         self.max_length = self.config.max_length or model.config.max_positions
         if self.max_length > model.config.max_positions:
             raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -22,6 +23,7 @@ from llm_jax.config import (
     WordVectorConfig,
     from_dict,
 )
+from llm_jax.distributed import is_main
 from llm_jax.eval.metrics import calibration_error, classification_report
 from llm_jax.eval.plots import plot_confusion, plot_loss
 from llm_jax.train import (
@@ -48,9 +50,10 @@ def classify(settings: dict[str, Any], workdir: Path, mesh: Mesh, echo: Echo) ->
     result = classification.run(config, workdir, mesh, echo=echo)
     report = classification_report(result.gold, result.predicted, result.labels)
     report["calibration_error"] = calibration_error(result.gold, result.probs)
-    matrix = np.asarray(report["confusion"])
-    plot_confusion(matrix, result.labels, workdir / "plots" / "confusion.png")
-    plot_loss(workdir / "metrics.jsonl", workdir / "plots" / "loss.png")
+    if is_main():
+        matrix = np.asarray(report["confusion"])
+        plot_confusion(matrix, result.labels, workdir / "plots" / "confusion.png")
+        plot_loss(workdir / "metrics.jsonl", workdir / "plots" / "loss.png")
     return report
 
 
@@ -59,7 +62,8 @@ def plain(kind: type, task: Any) -> Run:
 
     def train(settings, workdir, mesh, echo):
         result = task.run(from_dict(kind, settings), workdir, mesh, echo=echo)
-        plot_loss(workdir / "metrics.jsonl", workdir / "plots" / "loss.png")
+        if is_main():
+            plot_loss(workdir / "metrics.jsonl", workdir / "plots" / "loss.png")
         return dataclasses.asdict(result)
 
     return train
@@ -67,6 +71,10 @@ def plain(kind: type, task: Any) -> Run:
 
 def documents(settings: dict[str, Any], workdir: Path, mesh: Mesh, echo: Echo) -> dict[str, Any]:
     """The documents' own example, over many seeds."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            "task='documents_mlp' runs in one process; expected another task, or one process"
+        )
     values = {name: value for name, value in settings.items() if name != "task"}
     config = from_dict(documents_mlp.DocumentsMLPConfig, values)
     begin_run(workdir, config, None)

@@ -32,7 +32,7 @@ from llm_jax.infer.generate import CACHE_STEP, Compiled, Timing, check_lengths, 
 from llm_jax.infer.steps import make_forward, make_prefill
 from llm_jax.models import Model, Params
 from llm_jax.ops.sampling import SamplingFeatures, SamplingParams, SamplingState, pack, process_logits
-from llm_jax.sharding import batch_sharding, data_shards, replicated, shard
+from llm_jax.sharding import data_shards, fetch, put_batch, put_whole, shard
 from llm_jax.tree import is_per_layer
 
 
@@ -219,8 +219,8 @@ def beam_search(
     early_stopping = options.early_stopping if options.num_beams > 1 else True
     per_layer = is_per_layer(next(iter(jax.tree.leaves(params["layers"], is_leaf=is_per_layer))))
     with jax.set_mesh(mesh):
-        put = lambda x: jax.device_put(x, batch_sharding(mesh, x.shape))  # noqa: E731
-        whole = lambda x: jax.device_put(x, replicated(mesh))  # noqa: E731
+        put = lambda x: put_batch(x, mesh)  # noqa: E731
+        whole = lambda x: put_whole(x, mesh)  # noqa: E731
         tokens, lengths = pad_prompts(prompts, data_shards(mesh))
         state, features = _first_state(model, prompts, sampling, stop_ids, len(lengths), options)
         state = jax.tree.map(lambda x: put(x) if x.ndim else whole(x), state)
@@ -245,7 +245,7 @@ def beam_search(
         search = compiled.get(search, timing, params, cache, state, penalty)
         began = time.perf_counter()
         state, cache = search(params, cache, state, penalty)
-        found = jax.device_get(state.finished)
+        found = fetch(state.finished)
         timing.decode_s += time.perf_counter() - began
     found = jax.tree.map(lambda x: x[: len(prompts), : options.num_return], found)
     timing.decode_tokens += int((found.tokens >= 0).sum())

@@ -20,14 +20,14 @@ from jax.sharding import Mesh
 from llm_jax.checkpoint.hf import load_config, load_hf, resolve
 from llm_jax.checkpoint.workdir import load_trained
 from llm_jax.compress.quantize import quantize, read_weights
-from llm_jax.data.loader import to_device
+from llm_jax.data.loader import whole_to_device
 from llm_jax.data.packing import Batch, batches_by_length, length_buckets
 from llm_jax.data.tasks import encode_within
 from llm_jax.data.tokenizer import load_tokenizer
 from llm_jax.data.tokenizer_base import Tokenizer
 from llm_jax.models import Model, Params, describe
 from llm_jax.ops.attention import FullContext
-from llm_jax.sharding import data_shards
+from llm_jax.sharding import data_shards, fetch
 
 Rows = tuple[np.ndarray, Batch]  # places in the list of texts [b]; the batch, [B >= b, T]
 Program = Callable[[Params, jax.Array, jax.Array], jax.Array]
@@ -181,10 +181,10 @@ def _apply(program: Program, params: Params, mesh: Mesh, batches: Iterable[Rows]
     places, parts = [], []
     with jax.set_mesh(mesh):
         for rows, batch in batches:
-            device = to_device(batch, mesh)
+            device = whole_to_device(batch, mesh)
             out = program(params, device["tokens"], device["segment_ids"])
             places.append(rows)
-            parts.append(jax.device_get(out)[: len(rows)])
+            parts.append(fetch(out)[: len(rows)])
     if not parts:
         raise ValueError("there are no texts; expected one or more")
     found = np.concatenate(parts)

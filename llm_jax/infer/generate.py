@@ -28,7 +28,7 @@ from llm_jax.infer.steps import (
 from llm_jax.infer.timeline import Timeline
 from llm_jax.models import Model, Params
 from llm_jax.ops.sampling import SamplingParams, pack
-from llm_jax.sharding import batch_sharding, data_shards, replicated
+from llm_jax.sharding import data_shards, fetch, put_batch, put_whole
 from llm_jax.tree import is_per_layer
 
 MIN_BUCKET = 16  # smallest padded prompt
@@ -151,7 +151,7 @@ def generate(
         )
         longest = max(len(p) + s.max_new_tokens for p, s in zip(prompts, sampling, strict=True))
         size = -(-max(longest, tokens.shape[1]) // CACHE_STEP) * CACHE_STEP
-        put = lambda x: jax.device_put(x, batch_sharding(mesh, x.shape))  # noqa: E731
+        put = lambda x: put_batch(x, mesh)  # noqa: E731
         cache = init_cache(model.config, len(lengths), size, mesh, per_layer=per_layer)
         args = (params, cache, put(tokens), put(lengths))
         alternatives = max(
@@ -168,7 +168,7 @@ def generate(
                 jax.block_until_ready(logits)
         timing.prefill_tokens += sum(map(len, prompts))
         timing.prefill_s += time.perf_counter() - start
-        row_of = jax.device_put(np.repeat(np.arange(len(lengths), dtype=np.int32), n), replicated(mesh))
+        row_of = put_whole(np.repeat(np.arange(len(lengths), dtype=np.int32), n), mesh)
         args = (logits, cache, row_of, jax.tree.map(put, state))
         first = compiled.get(make_start(features, expand=n > 1), timing, *args)
         start = time.perf_counter()
@@ -177,7 +177,7 @@ def generate(
             chunk, done = _fetch(ticks, len(rows), finished)
         timing.prefill_s += time.perf_counter() - start
         if scores:
-            chunk.prompt = jax.device_get(scores[0])
+            chunk.prompt = fetch(scores[0])
         yield chunk
 
         if timeline.enabled:
@@ -208,7 +208,7 @@ def _fused_steps(model, features, params, compiled, timing, mesh, max_steps):
 
     def run(cache, state, steps):
         nonlocal program
-        args = (params, cache, state, jax.device_put(np.int32(steps), replicated(mesh)))
+        args = (params, cache, state, put_whole(np.int32(steps), mesh))
         if program is None:  # shapes and shardings stay the same from here on
             program = compiled.get(decode, timing, *args)
         start = time.perf_counter()
@@ -244,7 +244,7 @@ def _separate_steps(model, features, params, compiled, timing, timeline):
 
 def _fetch(ticks: Ticks, rows: int, finished: set[int]) -> tuple[Chunk, np.ndarray]:
     """One transfer to the host: the tokens of the real rows, and which rows are done."""
-    host = jax.device_get(ticks)
+    host = fetch(ticks)
     keep = lambda x: None if x is None else x[: int(host.count), :rows]  # noqa: E731
     parts = map(keep, (host.tokens, host.logprob, host.top_ids, host.top_logprobs))
     return Chunk(*parts, finished), host.done

@@ -18,7 +18,7 @@ from llm_jax.checkpoint.hf import load_config, load_hf, resolve
 from llm_jax.checkpoint.workdir import load_trained
 from llm_jax.config import QuestionAnsweringConfig, from_dict
 from llm_jax.data.fast_tokenizer import FastTokenizer
-from llm_jax.data.loader import to_device
+from llm_jax.data.loader import whole_to_device
 from llm_jax.data.packing import row_batches
 from llm_jax.data.question_answering import (
     Question,
@@ -32,6 +32,7 @@ from llm_jax.data.tokenizer import load_tokenizer
 from llm_jax.data.tokenizer_base import Tokenizer
 from llm_jax.models import Model, Params, describe
 from llm_jax.ops.attention import FullContext
+from llm_jax.sharding import fetch
 
 MOST_TOKENS = 384  # of a row, for a Hugging Face model: what extractive readers are trained with
 
@@ -108,5 +109,6 @@ class Reader:
         found = []
         with jax.set_mesh(self.mesh):
             for batch in row_batches(parts.rows, self.batch_size):
-                found.append(jax.device_get(self._logits(self.params, to_device(batch, self.mesh))))
+                on_device = whole_to_device(batch, self.mesh)
+                found.append(fetch(self._logits(self.params, on_device)))
         return choose(questions, parts, np.concatenate(found), count, self.reading.answer_tokens)

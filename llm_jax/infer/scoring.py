@@ -19,7 +19,7 @@ from llm_jax.infer.paged_steps import StepShape, make_paged_forward, read_chosen
 from llm_jax.infer.steps import score_tokens
 from llm_jax.models import Model, Params
 from llm_jax.ops.attention import FullContext
-from llm_jax.sharding import batch_sharding, data_shards, shard
+from llm_jax.sharding import data_shards, fetch, put_batch, shard
 
 
 @functools.lru_cache(maxsize=64)
@@ -44,9 +44,9 @@ def score_at_once(
     """[len(text) - 1] float32 for each text, of its tokens but the first; in one batch."""
     tokens, lengths = pad_prompts(texts, data_shards(mesh))
     with jax.set_mesh(mesh):
-        put = lambda x: jax.device_put(x, batch_sharding(mesh, x.shape))  # noqa: E731
+        put = lambda x: put_batch(x, mesh)  # noqa: E731
         args = (params, put(tokens), put(lengths))
-        found = np.asarray(compiled.get(make_score(model), Timing(), *args)(*args))
+        found = fetch(compiled.get(make_score(model), Timing(), *args)(*args))
     return [row[: len(text) - 1] for row, text in zip(found, texts, strict=False)]
 
 
@@ -77,15 +77,9 @@ def score_strictly(
             args = (
                 params,
                 init_paged(model.config, numbers, page_size, mesh),
-                jax.device_put(*_no_newest(mesh)),
-                jax.device_put(packed, batch_sharding(mesh, packed.shape)),
+                put_batch(np.zeros((shards, 1, 1), np.int32), mesh),  # no slot has a newest token
+                put_batch(packed, mesh),
             )
             scores = compiled.get(forward, Timing(), *args)(*args).scores
-            found.extend(read_chosen(np.asarray(scores))[1])
+            found.extend(read_chosen(fetch(scores))[1])
     return [row[: len(text) - 1] for row, text in zip(found, texts, strict=False)]
-
-
-def _no_newest(mesh: Mesh):
-    """Slots' newest tokens, where all are known, and where they stand."""
-    newest = np.zeros((data_shards(mesh), 1, 1), np.int32)
-    return newest, batch_sharding(mesh, newest.shape)

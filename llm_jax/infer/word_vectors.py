@@ -21,6 +21,7 @@ from llm_jax.data.tokenizer import load_tokenizer
 from llm_jax.data.tokenizer_base import Tokenizer
 from llm_jax.infer.classify import TextClassifier
 from llm_jax.models.skip_gram import SkipGram
+from llm_jax.sharding import fetch
 
 
 class WordVectors:
@@ -95,10 +96,10 @@ def load_word_vectors(workdir: str | Path, mesh: Mesh) -> WordVectors:
     item = "ema" if (directory / "ema").is_dir() else "params"
     model = SkipGram(tokenizer.vocab_size, config.embed_dim)
     params = restore_params(directory, model, mesh, item=item)
-    return WordVectors(np.asarray(model.bind(params).centers), tokenizer)
+    return WordVectors(fetch(model.bind(params).centers), tokenizer)
 
 
 def transformer_words(encoder: TextClassifier) -> WordVectors:
     """The embedding table of a loaded transformer as word vectors."""
-    table = np.asarray(encoder.params["embed"]["tokens"]).astype(np.float32)
+    table = fetch(encoder.params["embed"]["tokens"]).astype(np.float32)
     return WordVectors(table, encoder.tokenizer)

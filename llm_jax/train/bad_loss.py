@@ -58,7 +58,8 @@ def write_bad(workdir: Path, bad: Step, loader: Callable[[int], Mapping[str, np.
         f"step {step} is bad: loss {float(numbers['loss']):.6g}, gradient norm "
         f"{float(numbers['grad_norm']):.6g} (batch {position})"
     )
-    path = workdir / "bad_batches" / f"{step}.npz"
+    process = f".process{jax.process_index()}" if jax.process_count() > 1 else ""  # each has its rows
+    path = workdir / "bad_batches" / f"{step}{process}.npz"
     try:
         path.parent.mkdir(exist_ok=True)
         if len(list(path.parent.iterdir())) < FILES:

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llm_jax.checkpoint.peft import export_peft, peft_modules
+from llm_jax.checkpoint.peft import peft_modules
 from llm_jax.checkpoint.workdir import begin_run, load_base, load_start
 from llm_jax.config import ClassificationConfig, ModelConfig
-from llm_jax.data.loader import ExampleLoader, Transform, to_device
+from llm_jax.data.loader import ExampleLoader, Transform, this_host, whole_to_device
 from llm_jax.data.packing import Batch, batches_by_length, length_buckets
 from llm_jax.data.replacements import frequent_matches
 from llm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -25,13 +25,16 @@ from llm_jax.data.sources import find_table, read_labelled, read_weights
 from llm_jax.data.tasks import Example, classification_examples, encode_within, split
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.data.train_tokenizer import train_sentencepiece
+from llm_jax.distributed import main_first, on_main
 from llm_jax.models import Model, Params, Trainable, describe
 from llm_jax.models.lora import LoraModel
+from llm_jax.sharding import replicated
 from llm_jax.train.loop import Task, fit
 from llm_jax.train.masked_lm import pretrain_encoder
 from llm_jax.train.metrics_log import Record
 from llm_jax.train.objectives import classification_logits, classification_loss
 from llm_jax.train.pretrained import Start, find_start
+from llm_jax.train.tuning import export_adapter
 
 SHORTEST_BUCKET = 32  # tokens; shorter batches gain too little for one more program to compile
 
@@ -93,7 +96,8 @@ def run(
     found = find_start(config.init_from) if config.init_from else None
     rows, held_out, labels, class_parts = _read(config, found.config.labels if found else ())
     if found is None:
-        tokenizer = _tokenizer(config, rows.texts, workdir / "tokenizer")
+        with main_first("tokenizer"):
+            tokenizer = _tokenizer(config, rows.texts, workdir / "tokenizer")
     else:
         tokenizer = _load(found.tokenizer)
     encode, longest = tokenizer.encode, config.max_tokens
@@ -108,7 +112,7 @@ def run(
     begin = None if found is None else _beginning(config, found, model, mesh)
     begin_run(workdir, config, model_config)
     if found is not None:
-        tokenizer.save(workdir / "tokenizer")
+        on_main("tokenizer", functools.partial(tokenizer.save, workdir / "tokenizer"))
 
     lengths = [len(e.tokens) for e in examples + dev]
     buckets = _buckets(longest if transform else max(lengths))
@@ -118,8 +122,7 @@ def run(
         config.seed,
         buckets,
         transform=transform,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+        **this_host(mesh),
     )
     steps = config.steps or round(config.epochs * loader.steps_per_epoch)
     objective = functools.partial(
@@ -134,8 +137,7 @@ def run(
         start = functools.partial(pretrain_encoder, *stage)
     task = Task(trained, objective, loader, lambda params: predict(params).metrics(), start, frozen)
     state = fit(task, config, mesh, workdir, steps=steps, echo=echo)
-    if isinstance(trained, LoraModel) and not (workdir / "adapter").exists():
-        export_peft(workdir / "adapter", trained, state.best_params, base=config.init_from)
+    export_adapter(workdir / "adapter", trained, state.best_params, base=config.init_from)
     return predict(state.best_params)
 
 
@@ -204,7 +206,7 @@ def make_predict(
 ) -> Callable[[Params], ClassificationResult]:
     """f(params) -> what the model says of the labelled rows, in the order of the batches."""
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))  # every host takes them all
     def probabilities(params, batch, *frozen):
         net = model.bind(params, *frozen)
         return jax.nn.softmax(classification_logits(net, batch, None), axis=-1)
@@ -214,7 +216,7 @@ def make_predict(
 
     def predict(params: Params) -> ClassificationResult:
         with jax.set_mesh(mesh):
-            on_device = (to_device(batch, mesh) for batch in batches)
+            on_device = (whole_to_device(batch, mesh) for batch in batches)
             probs = [jax.device_get(probabilities(params, b, *frozen)) for b in on_device]
         return ClassificationResult(labels, gold[real], np.concatenate(probs)[real])
 

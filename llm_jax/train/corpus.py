@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from llm_jax.config import DataSource, LanguageModelConfig, unread
@@ -21,6 +20,7 @@ from llm_jax.data.tasks import documents, split, split_tail
 from llm_jax.data.token_store import EVAL, TokenStore, is_store, open_store
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.data.train_tokenizer import train_characters, train_sentencepiece
+from llm_jax.distributed import main_first
 
 # How texts are read, split and cut: settings that a store was made with, and that no run on it reads
 OF_TEXTS = ("document", "eval_fraction", "eval_split", "tokenizer_kind", "character_coverage")
@@ -55,9 +55,10 @@ class _Source:
     join: int
 
 
-def read_corpus(config: LanguageModelConfig, directory: Path) -> Corpus:
+def read_corpus(config: LanguageModelConfig, directory: Path, **host: int) -> Corpus:
     """What `config.data` names, with the tokenizer in `directory`, which is put there when new.
 
+    host: `host_index` and `host_count` of the loader, for one of several hosts.
     Raises ValueError for stores beside texts, stores that cannot be trained on together, and settings
     of texts beside stores.
     """
@@ -68,27 +69,29 @@ def read_corpus(config: LanguageModelConfig, directory: Path) -> Corpus:
             f"data: {stores[0]} is a token store and {others[0]} is not; expected only one kind. Make a "
             f"store of the texts too: scripts/prepare_data.py --tokenizer={stores[0]}/tokenizer"
         )
-    return _read_stores(config, directory) if stores else _read_texts(config, directory)
+    read = _read_stores if stores else _read_texts
+    return read(config, directory, host)
 
 
-def _read_stores(config: LanguageModelConfig, directory: Path) -> Corpus:
+def _read_stores(config: LanguageModelConfig, directory: Path, host: dict[str, int]) -> Corpus:
     stores = [_open(source) for source in config.sources]
     unread(config, OF_TEXTS, f"a run on the token store {stores[0].directory}")
-    given = directory
-    if not directory.is_dir():
-        given = Path(config.tokenizer or stores[0].directory / "tokenizer")
-    tokenizer = load_tokenizer(given)
-    for store in stores:
-        store.check_tokenizer(tokenizer, str(given))
-    if not directory.is_dir():
-        tokenizer.save(directory)
+    with main_first("tokenizer"):
+        given = directory
+        if not directory.is_dir():
+            given = Path(config.tokenizer or stores[0].directory / "tokenizer")
+        tokenizer = load_tokenizer(given)
+        for store in stores:
+            store.check_tokenizer(tokenizer, str(given))
+        if not directory.is_dir():
+            tokenizer.save(directory)
     names, weights = _names(config.sources), [source.weight for source in config.sources]
     loader = StoreLoader(
         list(map(Source, names, stores, weights)),
         config.row_tokens,
         config.batch_size,
         config.seed,
-        **_this_host(),
+        **host,
     )
     parts = (_held_out(store, config) for store in stores)
     return Corpus(tokenizer, loader, dict(zip(names, parts, strict=True)))
@@ -117,16 +120,17 @@ def _held_out(store: TokenStore, config: LanguageModelConfig) -> HeldOutPart:
     return HeldOutPart(batches, targets, split.bytes)
 
 
-def _read_texts(config: LanguageModelConfig, directory: Path) -> Corpus:
+def _read_texts(config: LanguageModelConfig, directory: Path, host: dict[str, int]) -> Corpus:
     sources = [
         _read(config, source, name)
         for source, name in zip(config.sources, _names(config.sources), strict=True)
     ]
     texts = [text for source in sources for text in _weighted(source, config.seed)]
-    tokenizer = _tokenizer(config, texts, directory)
+    with main_first("tokenizer"):
+        tokenizer = _tokenizer(config, texts, directory)
     kept = [text for source in sources for text in _documents(source, tokenizer, config.seed)]
     rows = _rows(tokenizer, kept, config.row_tokens)
-    loader = PackedLoader(rows, config.batch_size, config.seed, **_this_host())
+    loader = PackedLoader(rows, config.batch_size, config.seed, **host)
     held_out = {}
     for source in sources:
         texts = _joined(source.held_out, source, tokenizer, config.seed)
@@ -137,10 +141,6 @@ def _read_texts(config: LanguageModelConfig, directory: Path) -> Corpus:
             size=sum(len(text.encode()) for text in texts),
         )
     return Corpus(tokenizer, loader, held_out)
-
-
-def _this_host() -> dict[str, int]:
-    return {"host_index": jax.process_index(), "host_count": jax.process_count()}
 
 
 def _names(sources: Sequence[DataSource]) -> list[str]:

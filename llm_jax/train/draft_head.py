@@ -23,12 +23,15 @@ from jax.sharding import Mesh
 from llm_jax.checkpoint.draft_head import export_draft_head
 from llm_jax.checkpoint.workdir import begin_run
 from llm_jax.config import DraftHeadConfig, LanguageModelConfig, ModelConfig
+from llm_jax.data.loader import this_host
 from llm_jax.data.packing import NO_TARGET
+from llm_jax.distributed import on_main
 from llm_jax.models import Model, Params
 from llm_jax.models.draft_head import DraftHead, DraftHeadModel, describe_draft_head, init_draft_head
 from llm_jax.models.transformer import Transformer
 from llm_jax.ops.attention import FullContext
 from llm_jax.ops.losses import cross_entropy, distillation_kl, sum_over_chunks, top_hits
+from llm_jax.sharding import fetch
 from llm_jax.train.corpus import read_corpus
 from llm_jax.train.loop import Task, fit, make_evaluate
 from llm_jax.train.metrics_log import Record
@@ -148,8 +151,9 @@ def run(
     """
     workdir = Path(workdir)
     base = load_pretrained(config.base, mesh, field="base")
-    base.tokenizer.save(workdir / "tokenizer")
-    corpus = read_corpus(_reading(config, base.model.config), workdir / "tokenizer")
+    on_main("tokenizer", functools.partial(base.tokenizer.save, workdir / "tokenizer"))
+    reading = _reading(config, base.model.config)
+    corpus = read_corpus(reading, workdir / "tokenizer", **this_host(mesh))
     steps = config.steps or round(config.epochs * corpus.loader.steps_per_epoch)
     begin_run(workdir, config, None)
     width = config.width or 2 * base.model.config.embed_dim
@@ -169,8 +173,7 @@ def run(
     task = Task(model, objective, corpus.loader, evaluate, start, frozen)
     state = fit(task, config, mesh, workdir, steps=steps, echo=echo)
     after = evaluate(state.best_params)
-    if not (workdir / "draft_head").exists():
-        export_draft_head(workdir / "draft_head", head, state.best_params, base=config.base)
+    _export(workdir / "draft_head", head, state.best_params, config.base)
     agreement = _agreement(after, config.draft_steps)
     return DraftHeadResult(
         loss=after["eval/loss"],
@@ -179,6 +182,17 @@ def run(
         accepted=float(np.cumprod(agreement).sum()),
         trained_parameters=num_elements(head.shapes),
     )
+
+
+def _export(directory: Path, head: DraftHeadModel, params: Params, base: str) -> None:
+    """Write the trained head, once."""
+    values = fetch(params)
+
+    def write() -> None:
+        if not directory.exists():
+            export_draft_head(directory, head, values, base=base)
+
+    on_main("draft head", write)
 
 
 def _reading(config: DraftHeadConfig, model: ModelConfig) -> LanguageModelConfig:

@@ -60,7 +60,7 @@ def run(
     kept, held_out = _read(config, base.tokenizer)
     begin_tuning(config, base, workdir)
 
-    loader = rows_loader(_rows(kept, config.row_tokens), config)
+    loader = rows_loader(_rows(kept, config.row_tokens), config, mesh)
     steps = config.steps or round(config.epochs * loader.steps_per_epoch)
     objective = functools.partial(lm_loss, chunk=config.loss_chunk)
     batches = row_batches(_rows(held_out, config.row_tokens), config.batch_size)
@@ -70,7 +70,7 @@ def run(
     task = Task(part.model, objective, loader, evaluate, part.start, part.frozen)
     state = fit(task, config, mesh, workdir, steps=steps, echo=echo)
     after = evaluate(state.best_params)
-    export_adapter(config, part, state.best_params, workdir)
+    export_adapter(workdir / "adapter", part.model, state.best_params, base=config.init_from)
     return FinetuneResult(
         loss=after["eval/loss"],
         perplexity=math.exp(after["eval/loss"]),

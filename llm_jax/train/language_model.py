@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 
 from llm_jax.checkpoint.workdir import begin_run
 from llm_jax.config import DistillConfig, LanguageModelConfig
+from llm_jax.data.loader import this_host
+from llm_jax.distributed import on_main
 from llm_jax.models import Model, Params, describe, init_params
 from llm_jax.train.corpus import HeldOutPart, read_corpus
 from llm_jax.train.distill import Distillation, distillation_loss
@@ -56,8 +58,9 @@ def run(
     workdir = Path(workdir)
     teacher = load_pretrained(config.distill.teacher, mesh, field="teacher") if config.distill else None
     if teacher is not None:
-        teacher.tokenizer.save(workdir / "tokenizer")
-    corpus = read_corpus(config, workdir / "tokenizer")
+        save = functools.partial(teacher.tokenizer.save, workdir / "tokenizer")
+        on_main("the teacher's tokenizer", save)
+    corpus = read_corpus(config, workdir / "tokenizer", **this_host(mesh))
     steps = config.steps or round(config.epochs * corpus.loader.steps_per_epoch)
     size = corpus.tokenizer.vocab_size if teacher is None else teacher.model.config.vocab_size
     model_config = dataclasses.replace(config.model, vocab_size=size)

@@ -24,7 +24,8 @@ from jax.sharding import Mesh
 
 from llm_jax.checkpoint.store import Checkpoints
 from llm_jax.config import TrainConfig
-from llm_jax.data.loader import prefetch, to_device
+from llm_jax.data.loader import prefetch, to_device, whole_to_device
+from llm_jax.distributed import arrive
 from llm_jax.models import Params, Trainable
 from llm_jax.train.bad_loss import ADVICE, IN_A_ROW, LAG, BadLoss, take, write_bad
 from llm_jax.train.checkpoints import first_about, open_checkpoints, restore_state, save_state, settle
@@ -153,6 +154,7 @@ def _train(
     pending, in_a_row, clock = collections.deque(), 0, Clock(task.model, run.mesh)
     batches = prefetch(lambda n: to_device(task.loader(n), run.mesh), first, first + steps - step)
     for position, batch in enumerate(clock.waiting(batches), first):
+        arrive(f"step {step + 1}")
         run.trace.before(step + 1)
         state, metrics = train_step(state, batch, key, *task.frozen)
         run.preemption.unsaved = True
@@ -164,7 +166,7 @@ def _train(
         log.advance()
         run.checkpoints.poll()
 
-        stop = run.preemption.requested
+        stop = run.preemption.due()
         logging = step % config.log_every == 0 or step == steps
         saving = _due(step, config.checkpoint_every, steps) or stop is not None
         judging = _due(step, config.eval_every, steps) or (saving and config.keep_best > 0)
@@ -190,6 +192,7 @@ def _train(
             stop = run.preemption.requested
             clock.restart()
         if saving or stop is not None:
+            arrive(f"the checkpoint of step {step}")
             save_state(run.checkpoints, step, state, about)
         if stop is not None:
             raise Preempted(stop, step, run.checkpoints)
@@ -219,7 +222,7 @@ def make_evaluate(
     eval_step = make_eval_step(model, objective, mesh)
 
     def evaluate(params: Params) -> dict[str, float]:
-        on_device = (to_device(dict(batch), mesh) for batch in batches)
+        on_device = (whole_to_device(dict(batch), mesh) for batch in batches)
         parts = [jax.device_get(eval_step(params, batch, *frozen)) for batch in on_device]
         sums = jax.tree.map(lambda *x: np.sum(x), *parts)
         return {f"eval/{name}": float(total / count) for name, (total, count) in sums.items()}
@@ -230,6 +233,7 @@ def make_evaluate(
 def _evaluate(run: _Run, step: int, state: TrainState) -> dict[str, float]:
     """The evaluation, logged; empty when a signal broke it off."""
     numbers = {}
+    arrive(f"the evaluation after step {step}")
     with run.preemption.breakable():
         numbers = run.task.evaluate(state.best_params)
     if numbers:

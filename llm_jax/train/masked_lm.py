@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from llm_jax.checkpoint.workdir import begin_run, load_start
 from llm_jax.config import MaskedLanguageModelConfig, ModelConfig, PretrainConfig, unread
-from llm_jax.data.loader import ExampleLoader, PackedLoader
+from llm_jax.data.loader import ExampleLoader, PackedLoader, this_host
 from llm_jax.data.packing import Batch, pack, row_batches
 from llm_jax.data.sources import read_listed
 from llm_jax.data.store_rows import Source, SplitBatches, SplitRows, StoreLoader
@@ -28,6 +28,7 @@ from llm_jax.data.tasks import Encode, documents, split
 from llm_jax.data.token_store import EVAL, is_store, open_store
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.data.train_tokenizer import train_sentencepiece
+from llm_jax.distributed import main_first
 from llm_jax.models import Model, Params, complete_params, describe
 from llm_jax.models.heads import HEADS
 from llm_jax.train.loop import Task, fit, make_evaluate
@@ -76,12 +77,13 @@ def run(
     workdir = Path(workdir)
     start = find_start(config.init_from) if config.init_from else None
     read = _read_store if is_store(config.data) else _read_texts
-    corpus = read(config, start, workdir / "tokenizer")
+    corpus = read(config, start, workdir / "tokenizer", this_host(mesh))
     model_config = _model_config(config, start, corpus.tokenizer)
     objective = masked_lm_objective(corpus.tokenizer, config.mask_rate)
     begin_run(workdir, config, model_config)
-    if not (workdir / "tokenizer").is_dir():
-        corpus.tokenizer.save(workdir / "tokenizer")
+    with main_first("tokenizer"):
+        if not (workdir / "tokenizer").is_dir():
+            corpus.tokenizer.save(workdir / "tokenizer")
     model = describe(dataclasses.replace(model_config, param_dtype="float32"))  # master weights
 
     first = None
@@ -140,7 +142,7 @@ def pretrain_encoder(
     own, WORKDIR/pretrain, from which it resumes.
     """
     rows, judged = (pack(documents(part, encode), row_tokens) for part in (texts, held_out))
-    loader = PackedLoader(rows, stage.batch_size, stage.seed, **_this_host())
+    loader = PackedLoader(rows, stage.batch_size, stage.seed, **this_host(mesh))
     batches = row_batches(judged, stage.batch_size)
     encoder = masked_lm_model(model.config, stage.dropout)
     trunk = fit_masked_lm(encoder, tokenizer, loader, batches, stage, mesh, workdir / "pretrain")
@@ -181,23 +183,28 @@ def with_trunk(trunk: Mapping, model: Model, mesh: Mesh, key: jax.Array) -> Para
     return complete_params(kept, model, mesh, key)[0]
 
 
-def _read_texts(config: MaskedLanguageModelConfig, start: Start | None, directory: Path) -> _Corpus:
+def _read_texts(
+    config: MaskedLanguageModelConfig, start: Start | None, directory: Path, host: dict[str, int]
+) -> _Corpus:
     """The texts that `config.data` names, packed; a tokenizer is trained where none is given."""
     texts, held_out = _split(config)
     given = config.tokenizer if start is None else start.tokenizer
-    if directory.is_dir() or given:
-        tokenizer = load_tokenizer(given or directory)
-    else:
-        tokenizer = _train_tokenizer(config, texts, directory)
+    with main_first("tokenizer"):
+        if directory.is_dir() or given:
+            tokenizer = load_tokenizer(given or directory)
+        else:
+            tokenizer = _train_tokenizer(config, texts, directory)
     rows, judged = (
         pack(documents(part, tokenizer.encode), config.row_tokens) for part in (texts, held_out)
     )
-    loader = PackedLoader(rows, config.batch_size, config.seed, **_this_host())
+    loader = PackedLoader(rows, config.batch_size, config.seed, **host)
     tokens = int(np.sum(judged["segment_ids"] > 0))
     return _Corpus(tokenizer, loader, row_batches(judged, config.batch_size), tokens)
 
 
-def _read_store(config: MaskedLanguageModelConfig, start: Start | None, directory: Path) -> _Corpus:
+def _read_store(
+    config: MaskedLanguageModelConfig, start: Start | None, directory: Path, host: dict[str, int]
+) -> _Corpus:
     """The token store in `config.data`, with the tokenizer that made it.
 
     Raises ValueError for one without held-out part, and settings of texts beside it.
@@ -213,13 +220,9 @@ def _read_store(config: MaskedLanguageModelConfig, start: Start | None, director
     tokenizer = load_tokenizer(given or store.directory / "tokenizer")
     store.check_tokenizer(tokenizer, str(given))
     source = Source(store.directory.name, store, 1.0)
-    loader = StoreLoader([source], config.row_tokens, config.batch_size, config.seed, **_this_host())
+    loader = StoreLoader([source], config.row_tokens, config.batch_size, config.seed, **host)
     batches = SplitBatches(SplitRows(store, EVAL, config.row_tokens), config.batch_size)
     return _Corpus(tokenizer, loader, batches, store.splits[EVAL].tokens)
-
-
-def _this_host() -> dict[str, int]:
-    return {"host_index": jax.process_index(), "host_count": jax.process_count()}
 
 
 def _split(config: MaskedLanguageModelConfig) -> tuple[list[str], list[str]]:

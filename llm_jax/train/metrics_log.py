@@ -18,6 +18,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
+from llm_jax.distributed import from_main, is_main
+
 Record = dict[str, float]
 
 BRIEF = {  # what stands beside the progress bar, and how it is called there
@@ -37,6 +39,7 @@ class MetricsLog:
     echo: called with every record as well (`--json` prints them).
     project: of Weights & Biases, which gets them too; "" = it does not.
     On a terminal a progress bar shows the newest numbers; elsewhere each record is a line on stderr.
+    Of several processes the first one does all this, and the others nothing.
     Records that cannot be written, as when the disk is full, are logged as an error, kept, and written
     with the next ones: training goes on.
     """
@@ -51,23 +54,24 @@ class MetricsLog:
         project: str = "",
     ):
         workdir = Path(workdir)
-        self._echo = echo
-        self._files: list[_File] = [_JsonLines(workdir / "metrics.jsonl"), _TensorBoard(workdir / "tb")]
-        self._files += [_WeightsAndBiases(project, workdir)] if project else []
+        self._echo, self._files, self._bar = echo, list[_File](), None
+        if is_main():
+            self._files += [_JsonLines(workdir / "metrics.jsonl"), _TensorBoard(workdir / "tb")]
+            self._files += [_WeightsAndBiases(project, workdir)] if project else []
+            if sys.stderr.isatty():
+                self._bar = tqdm(initial=start, total=steps, unit="step")
         self._waiting: list[list[Record]] = [[] for _ in self._files]
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(initial=start, total=steps, unit="step") if terminal else None
         for file in self._files:
             file.rewind(start)
-        last = [r for r in read_metrics(workdir / "metrics.jsonl") if r["step"] == start]
-        self.judged = any(name.startswith("eval/") for record in last for name in record)  # at `start`
+        # Whether the step `start` was evaluated.
+        self.judged = from_main("metrics.jsonl", lambda: _judged(workdir / "metrics.jsonl", start))
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *_) -> None:
         self._flush()
-        if lost := max(len(waiting) for waiting in self._waiting):
+        if lost := max(map(len, self._waiting), default=0):
             logging.error("the last %d records of the metrics could not be written", lost)
         for file in self._files:
             file.close()
@@ -81,6 +85,8 @@ class MetricsLog:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record these numbers as those of `step`."""
+        if not is_main():
+            return
         record = {"step": step, "time": round(time.time(), 3)} | dict(metrics)
         for waiting in self._waiting:
             waiting.append(record)
@@ -115,6 +121,12 @@ def read_metrics(path: str | Path) -> list[Record]:
     path = Path(path)
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _judged(path: Path, step: int) -> bool:
+    """Whether the records of a step have an evaluation."""
+    records = (record for record in read_metrics(path) if record["step"] == step)
+    return any(name.startswith("eval/") for record in records for name in record)
 
 
 class _File(Protocol):

@@ -6,8 +6,9 @@ not wait in vain: until the first step has returned there is nothing to save, an
 process at once (Python runs handlers only when a compilation is over, which may take minutes); an
 evaluation is broken off. A second SIGINT acts as in any program.
 
-With several processes each gets the signal. Before the first of them saves they will have to agree on a
-step, and `requested` is the place for it.
+With several processes a SIGTERM to any of them is enough: JAX's runtime takes it, and `due` says so in
+all of them after the same step, which they save together. Nothing is cut short then, as the others would
+wait.
 """
 
 import contextlib
@@ -17,11 +18,13 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+import jax
 from absl import logging
 
 from llm_jax.checkpoint.store import Checkpoints
+from llm_jax.distributed import RESUMABLE, preempted
 
-EXIT_STATUS = os.EX_TEMPFAIL  # 75: the same command goes on where this one stopped
+EXIT_STATUS = RESUMABLE  # 75: the same command goes on where this one stopped
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -37,13 +40,17 @@ class Preempted(SystemExit):
 
 
 class Preemption:
-    """Takes the signals while it is entered; in threads other than the main one it does nothing."""
+    """Takes the signals while it is entered; in threads other than the main one it does nothing.
+
+    Nor does it in one of several processes, where `due` asks JAX's runtime.
+    """
 
     def __init__(self):
         self.requested: signal.Signals | None = None
         self.unsaved = False  # a step has been taken: there is something to save
         self._breakable = False
-        self._main = threading.current_thread() is threading.main_thread()
+        self._several = jax.process_count() > 1
+        self._main = threading.current_thread() is threading.main_thread() and not self._several
 
     def __enter__(self) -> "Preemption":
         if self._main:
@@ -60,6 +67,12 @@ class Preemption:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
             os.close(self._writer)  # ends the thread
+
+    def due(self) -> signal.Signals | None:
+        """The signal after which the run is to end now, asked once after each step."""
+        if self._several:
+            return signal.SIGTERM if preempted() else None
+        return self.requested
 
     @contextlib.contextmanager
     def breakable(self) -> Iterator[None]:

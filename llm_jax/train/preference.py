@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from llm_jax.config import PreferenceConfig
 from llm_jax.data import packing
-from llm_jax.data.loader import to_device
+from llm_jax.data.loader import whole_to_device
 from llm_jax.data.packing import row_batches
 from llm_jax.data.preferences import Pair, encode_preference, pack_pairs, read_preferences
 from llm_jax.data.tasks import split
@@ -133,7 +133,7 @@ def with_reference(
         return answer_log_probs(base.model.bind(params), batch, pairs, chunk=chunk)
 
     def reference(rows: packing.Batch) -> np.ndarray:
-        batches = (to_device(batch, mesh) for batch in row_batches(rows, batch_size))
+        batches = (whole_to_device(batch, mesh) for batch in row_batches(rows, batch_size))
         parts = [np.asarray(log_probs(base.params, batch))[:batch_size] for batch in batches]
         return np.concatenate(parts)[: len(rows["tokens"])]
 
@@ -160,7 +160,7 @@ def run(
     begin_tuning(config, base, workdir)
     rows, to_judge = with_reference(sets, base, config.batch_size, config.loss_chunk, mesh)
 
-    loader = rows_loader(rows, config)
+    loader = rows_loader(rows, config, mesh)
     steps = config.steps or round(config.epochs * loader.steps_per_epoch)
     objective = functools.partial(
         dpo_loss, beta=config.beta, label_smoothing=config.label_smoothing, chunk=config.loss_chunk
@@ -172,7 +172,7 @@ def run(
     task = Task(part.model, objective, loader, evaluate, part.start, part.frozen)
     state = fit(task, config, mesh, workdir, steps=steps, echo=echo)
     after = evaluate(state.best_params)
-    export_adapter(config, part, state.best_params, workdir)
+    export_adapter(workdir / "adapter", part.model, state.best_params, base=config.init_from)
     return PreferenceResult(
         **{name.removeprefix("eval/"): value for name, value in after.items()},
         likelier_before=before["eval/likelier"],

@@ -20,10 +20,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm_jax.checkpoint.workdir import begin_run, load_start
-from llm_jax.config import ModelConfig, QuestionAnsweringConfig, TrainConfig
+from llm_jax.config import ModelConfig, QuestionAnsweringConfig
 from llm_jax.data.fast_tokenizer import FastTokenizer
-from llm_jax.data.loader import PackedLoader, to_device
-from llm_jax.data.packing import Batch, row_batches
+from llm_jax.data.loader import PackedLoader, this_host, whole_to_device
+from llm_jax.data.packing import row_batches
 from llm_jax.data.question_answering import (
     Question,
     Reading,
@@ -38,10 +38,12 @@ from llm_jax.data.sources import read_listed
 from llm_jax.data.tasks import split
 from llm_jax.data.tokenizer import load_tokenizer
 from llm_jax.data.train_tokenizer import train_sentencepiece
+from llm_jax.distributed import main_first, on_main
 from llm_jax.models import Model, Params, describe
 from llm_jax.models.transformer import Transformer
 from llm_jax.ops.attention import FullContext
 from llm_jax.ops.losses import cross_entropy
+from llm_jax.sharding import replicated
 from llm_jax.train.loop import Task, fit, make_evaluate
 from llm_jax.train.masked_lm import pretrain_encoder
 from llm_jax.train.metrics_log import Record
@@ -75,15 +77,16 @@ def run(
     workdir = Path(workdir)
     questions, held_out = _read(config)
     found = find_start(config.init_from) if config.init_from else None
-    tokenizer = _tokenizer(config, found, questions, workdir / "tokenizer")
+    with main_first("tokenizer"):
+        tokenizer = _tokenizer(config, found, questions, workdir / "tokenizer")
     model_config = _model_config(config, found, tokenizer)
     reading = reading_of(config)
     trained = features(questions, tokenizer, reading)
     begin_run(workdir, config, model_config)
-    _write(workdir / "held_out.jsonl", held_out)
+    on_main("held-out questions", lambda: _write(workdir / "held_out.jsonl", held_out))
     model = describe(dataclasses.replace(model_config, param_dtype="float32"))  # master weights
 
-    loader = _loader(trained.rows, config)
+    loader = PackedLoader(trained.rows, config.batch_size, config.seed, **this_host(mesh))
     steps = config.steps or round(config.epochs * loader.steps_per_epoch)
     judge = make_judge(model, held_out, tokenizer, reading, config.batch_size, mesh)
     start = None
@@ -139,11 +142,14 @@ def make_judge(
     parts = features(questions, tokenizer, reading)
     batches = row_batches(parts.rows, batch_size)
     evaluate = make_evaluate(model, span_loss, batches, mesh)
-    logits = jax.jit(lambda params, batch: span_logits(model.bind(params), batch, None))
+    logits = jax.jit(
+        lambda params, batch: span_logits(model.bind(params), batch, None),
+        out_shardings=replicated(mesh),  # every host takes them all
+    )
 
     def judge(params: Params) -> tuple[dict[str, float], dict[str, str]]:
         with jax.set_mesh(mesh):
-            found = [jax.device_get(logits(params, to_device(batch, mesh))) for batch in batches]
+            found = [jax.device_get(logits(params, whole_to_device(batch, mesh))) for batch in batches]
         answers = choose(questions, parts, np.concatenate(found), 1, reading.answer_tokens)
         texts = [spans[0].text if spans else "" for spans in answers]
         pairs = list(zip(texts, [question.answers for question in questions], strict=True))
@@ -155,16 +161,6 @@ def make_judge(
         return evaluate(params) | scores, dict(zip(ids, texts, strict=True))
 
     return judge
-
-
-def _loader(rows: Batch, config: TrainConfig) -> PackedLoader:
-    return PackedLoader(
-        rows,
-        config.batch_size,
-        config.seed,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
-    )
 
 
 def _read(config: QuestionAnsweringConfig) -> tuple[list[Question], list[Question]]:

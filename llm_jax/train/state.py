@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from llm_jax.models import Model, Params, Trainable, init_params
-from llm_jax.sharding import replicated
+from llm_jax.sharding import put_whole, replicated
 from llm_jax.train.bad_loss import RECENT
 from llm_jax.train.optim import Optimizer
 from llm_jax.tree import flatten, path_string
@@ -45,9 +46,8 @@ def start_state(params: Params, model: Trainable, optimizer: Optimizer, mesh: Me
 
     target = state_shardings(model, optimizer, mesh)
     opt_state, average = jax.jit(make, out_shardings=(target.opt_state, target.ema))(params)
-    step, losses = jax.device_put(
-        (jnp.zeros((), jnp.int32), jnp.full(RECENT, jnp.nan, jnp.float32)), replicated(mesh)
-    )
+    step = put_whole(np.zeros((), np.int32), mesh)
+    losses = put_whole(np.full(RECENT, np.nan, np.float32), mesh)
     return TrainState(step, params, opt_state, average, losses)
 
 

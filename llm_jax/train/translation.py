@@ -12,13 +12,12 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from llm_jax.checkpoint.workdir import begin_run
 from llm_jax.config import TranslationConfig
-from llm_jax.data.loader import PackedLoader
+from llm_jax.data.loader import PackedLoader, this_host
 from llm_jax.data.packing import NO_TARGET, Batch, pack, row_batches
 from llm_jax.data.parallel import (
     SEPARATOR,
@@ -29,6 +28,7 @@ from llm_jax.data.parallel import (
 )
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.data.train_tokenizer import train_sentencepiece
+from llm_jax.distributed import main_first, on_main
 from llm_jax.models import describe
 from llm_jax.train.loop import Task, fit, make_evaluate
 from llm_jax.train.metrics_log import Record
@@ -60,19 +60,15 @@ def run(
     """
     workdir = Path(workdir)
     pairs, held_out = _read(config)
-    tokenizer = _tokenizer(config, pairs, workdir / "tokenizer")
+    with main_first("tokenizer"):
+        tokenizer = _tokenizer(config, pairs, workdir / "tokenizer")
     model_config = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     begin_run(workdir, config, model_config)
-    _write(workdir / "held_out.tsv", held_out, config)
+    on_main("held-out pairs", lambda: _write(workdir / "held_out.tsv", held_out, config))
     model = describe(dataclasses.replace(model_config, param_dtype="float32"))  # master weights
 
-    loader = PackedLoader(
-        _rows(pairs, tokenizer, config.row_tokens),
-        config.batch_size,
-        config.seed,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
-    )
+    rows = _rows(pairs, tokenizer, config.row_tokens)
+    loader = PackedLoader(rows, config.batch_size, config.seed, **this_host(mesh))
     steps = config.steps or round(config.epochs * loader.steps_per_epoch)
     objective = functools.partial(lm_loss, chunk=config.loss_chunk)
     batches = row_batches(_rows(held_out, tokenizer, config.row_tokens), config.batch_size)

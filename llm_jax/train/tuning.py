@@ -12,10 +12,12 @@ from jax.sharding import Mesh
 from llm_jax.checkpoint.peft import export_peft, peft_modules
 from llm_jax.checkpoint.workdir import begin_run
 from llm_jax.config import TrainConfig, TuneConfig
-from llm_jax.data.loader import PackedLoader
+from llm_jax.data.loader import PackedLoader, this_host
 from llm_jax.data.packing import Batch
+from llm_jax.distributed import on_main
 from llm_jax.models import Params, Trainable
 from llm_jax.models.lora import LoraModel
+from llm_jax.sharding import fetch
 from llm_jax.train.pretrained import Pretrained, load_pretrained
 
 
@@ -45,7 +47,7 @@ def begin_tuning(config: TuneConfig, base: Pretrained, workdir: Path) -> None:
     """Begin or continue a run in `workdir`, as `begin_run` does, and put the tokenizer there."""
     dtypes = {"param_dtype": "", "compute_dtype": "", "cache_dtype": ""}  # those of who serves it
     begin_run(workdir, config, dataclasses.replace(base.model.config, **dtypes))
-    base.tokenizer.save(workdir / "tokenizer")
+    on_main("tokenizer", functools.partial(base.tokenizer.save, workdir / "tokenizer"))
 
 
 def tuned(config: TuneConfig, base: Pretrained, mesh: Mesh) -> Tuned:
@@ -59,13 +61,19 @@ def tuned(config: TuneConfig, base: Pretrained, mesh: Mesh) -> Tuned:
     return Tuned(lora, functools.partial(lora.init, base.params, mesh), (base.params,))
 
 
-def rows_loader(rows: Batch, config: TrainConfig) -> PackedLoader:
+def rows_loader(rows: Batch, config: TrainConfig, mesh: Mesh) -> PackedLoader:
     """This host's rows of every batch."""
-    host = {"host_index": jax.process_index(), "host_count": jax.process_count()}
-    return PackedLoader(rows, config.batch_size, config.seed, **host)
+    return PackedLoader(rows, config.batch_size, config.seed, **this_host(mesh))
 
 
-def export_adapter(config: TuneConfig, part: Tuned, params: Params, workdir: Path) -> None:
-    """Write WORKDIR/adapter as PEFT reads it, once, if it is adapters that were trained."""
-    if isinstance(part.model, LoraModel) and not (workdir / "adapter").exists():
-        export_peft(workdir / "adapter", part.model, params, base=config.init_from)
+def export_adapter(directory: Path, model: Trainable, params: Params, *, base: str) -> None:
+    """Write `directory` as PEFT reads it, once, if it is adapters that were trained, beside `base`."""
+    if not isinstance(model, LoraModel):
+        return
+    adapters = fetch(params)
+
+    def write() -> None:
+        if not directory.exists():
+            export_peft(directory, model, adapters, base=base)
+
+    on_main("adapter", write)

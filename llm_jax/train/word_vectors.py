@@ -25,12 +25,13 @@ from jax.sharding import Mesh
 
 from llm_jax.checkpoint.workdir import begin_run
 from llm_jax.config import WordVectorConfig
-from llm_jax.data.loader import PackedLoader
+from llm_jax.data.loader import PackedLoader, this_host
 from llm_jax.data.packing import Batch, pack, row_batches
 from llm_jax.data.sources import read_listed
 from llm_jax.data.tasks import documents, split
 from llm_jax.data.tokenizer import Tokenizer, load_tokenizer
 from llm_jax.data.train_tokenizer import train_sentencepiece
+from llm_jax.distributed import main_first
 from llm_jax.models.skip_gram import SkipGram, WordTables
 from llm_jax.train.loop import Task, fit, make_evaluate
 from llm_jax.train.metrics_log import Record
@@ -62,18 +63,13 @@ def run(
     workdir = Path(workdir)
     texts = read_listed(config.data, field=config.text_field)
     kept, held_out = split(texts, config.eval_fraction, config.seed, text=lambda text: text)
-    tokenizer = _tokenizer(config, kept, workdir / "tokenizer")
+    with main_first("tokenizer"):
+        tokenizer = _tokenizer(config, kept, workdir / "tokenizer")
     begin_run(workdir, config, None)
     model = SkipGram(tokenizer.vocab_size, config.embed_dim)
 
     rows = _rows(tokenizer, kept, config.row_tokens)
-    loader = PackedLoader(
-        rows,
-        config.batch_size,
-        config.seed,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
-    )
+    loader = PackedLoader(rows, config.batch_size, config.seed, **this_host(mesh))
     steps = config.steps or round(config.epochs * loader.steps_per_epoch)
     counts = np.bincount(rows["tokens"][rows["segment_ids"] > 0], minlength=tokenizer.vocab_size)
     objective = make_objective(config, counts)
