@@ -82,10 +82,9 @@ def main(argv: list[str]) -> None:
         return
     speeds = {name: getattr(llm.stats, name) for name in SPEEDS}
     for output in outputs:
-        if FLAGS.json:
-            print(json.dumps({n: getattr(output, n) for n in REPORTED} | speeds, ensure_ascii=False))
-        else:
-            print("" if live else f"{output.prompt}{output.text}\n{'-' * 40}")
+        shown = "" if live else f"{output.prompt}{output.text}\n{'-' * 40}"
+        record = {name: getattr(output, name) for name in REPORTED} | speeds
+        print(json.dumps(record, ensure_ascii=False) if FLAGS.json else shown)
     stats = llm.stats
     print(
         f"prefill {stats.prefill_tokens_per_s:.1f} tokens/s, decode {stats.decode_tokens_per_s:.1f} "

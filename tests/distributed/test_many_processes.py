@@ -128,7 +128,8 @@ def test_generation_has_the_tokens_of_one_process(processes, devices, mesh, tmp_
     sampling = SamplingParams(max_new_tokens=20, temperature=0.8, top_p=0.9, seed=5, n=2)
     wanted = LLM(mesh=make_mesh(mesh)).generate(prompts, sampling)
     flags = [f"--prompt={prompt}" for prompt in prompts]
-    flags += ["--max_new_tokens=20", "--temperature=0.8", "--top_p=0.9", "--seed=5", "--num_return_sequences=2"]
+    flags += ["--max_new_tokens=20", "--temperature=0.8", "--top_p=0.9", "--seed=5"]
+    flags += ["--num_return_sequences=2"]
     script = ROOT / "scripts" / "generate.py"
     out = run(tmp_path, processes, devices, script, *flags, f"--mesh={mesh}", "--json")
     found = [json.loads(line.removeprefix("[0] ")) for line in out.splitlines()]
