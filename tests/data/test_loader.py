@@ -195,10 +195,18 @@ def test_to_device_keeps_the_values_and_splits_the_rows(shape):
         assert array.sharding.shard_shape(array.shape)[0] == 8 // parts
 
 
-def test_to_device_refuses_a_mesh_that_hosts_cannot_share(monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="1 data shards and 2 hosts"):
-        loading.to_device(packed_loader()(0), make_mesh("data:1"))
+def test_to_device_refuses_rows_that_several_hosts_cannot_share(monkeypatch):
+    monkeypatch.setattr(loading.sharding, "host_share", lambda mesh: (0, 2))
+    with pytest.raises(ValueError, match="18 rows over 4 data shards and 2 hosts"):
+        loading.to_device({"tokens": np.zeros((9, 4), np.int32)}, make_mesh("data:4"))
+
+
+@pytest.mark.parametrize("rows", [8, 3])
+def test_a_whole_batch_is_placed_as_rows_are(rows):
+    mesh, values = make_mesh("data:2,tensor:2"), np.arange(rows * 5, dtype=np.int32).reshape(rows, 5)
+    placed = loading.whole_to_device({"tokens": values}, mesh)["tokens"]
+    np.testing.assert_array_equal(np.asarray(placed), values, strict=True)
+    assert placed.sharding.shard_shape(placed.shape)[0] == (4 if rows == 8 else 3)
 
 
 # Prefetch

@@ -8,6 +8,7 @@ import signal
 import textwrap
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,7 +19,7 @@ from llm_jax.distributed import LOST
 from llm_jax.sharding import make_mesh
 from llm_jax.train import classification, language_model
 from llm_jax.train.metrics_log import read_metrics
-from tests.distributed import tiny_member
+from tests.distributed import all_tasks, tiny_member
 from tests.distributed.launching import ROOT, run, start
 
 pytestmark = pytest.mark.slow
@@ -117,6 +118,25 @@ def test_a_classifier_trains_as_in_one_process(tmp_path):
     assert results["accuracy"] == pytest.approx((alone.gold == alone.predicted).mean())
 
 
+def test_every_other_task_gives_the_results_of_one_process(tmp_path):
+    all_tasks.write_data(tmp_path)
+    alone = all_tasks.train(tmp_path, tmp_path / "one", "data:2")
+    run(tmp_path, 2, 1, ROOT / "tests" / "distributed" / "all_tasks.py", tmp_path)
+    many = json.loads((tmp_path / "results.json").read_text())
+    assert many.keys() == alone.keys()
+    for name, results in json.loads(json.dumps(alone)).items():
+        assert flat(many[name]) == pytest.approx(flat(results), rel=1e-4), name
+        assert_same_curve(tmp_path / "many" / name, tmp_path / "one" / name)
+    for written in ("sft/adapter", "draft_head/draft_head"):
+        assert (tmp_path / "many" / written).is_dir()
+
+
+def flat(results):
+    """{path: number} of the numbers in nested results."""
+    leaves = jax.tree_util.tree_leaves_with_path(results)
+    return {jax.tree_util.keystr(path): x for path, x in leaves if not isinstance(x, str)}
+
+
 # Generation
 
 
@@ -128,8 +148,13 @@ def test_generation_has_the_tokens_of_one_process(processes, devices, mesh, tmp_
     sampling = SamplingParams(max_new_tokens=20, temperature=0.8, top_p=0.9, seed=5, n=2)
     wanted = LLM(mesh=make_mesh(mesh)).generate(prompts, sampling)
     flags = [f"--prompt={prompt}" for prompt in prompts]
-    flags += ["--max_new_tokens=20", "--temperature=0.8", "--top_p=0.9", "--seed=5"]
-    flags += ["--num_return_sequences=2"]
+    flags += [
+        "--max_new_tokens=20",
+        "--temperature=0.8",
+        "--top_p=0.9",
+        "--seed=5",
+        "--num_return_sequences=2",
+    ]
     script = ROOT / "scripts" / "generate.py"
     out = run(tmp_path, processes, devices, script, *flags, f"--mesh={mesh}", "--json")
     found = [json.loads(line.removeprefix("[0] ")) for line in out.splitlines()]

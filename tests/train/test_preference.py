@@ -278,7 +278,7 @@ def test_a_run_that_was_cut_off_goes_on_exactly(tmp_path, monkeypatch):
     config, mesh = settings(tmp_path, lora=LORA, checkpoint_every=3), make_mesh("data:1")
     want = preference.run(config, tmp_path / "run", mesh)
     loader = preference.rows_loader
-    monkeypatch.setattr(preference, "rows_loader", lambda rows, config: Cut(loader(rows, config)))
+    monkeypatch.setattr(preference, "rows_loader", lambda *of: Cut(loader(*of)))
     with pytest.raises(OSError, match="lost"):
         preference.run(config, tmp_path / "cut", mesh)
     monkeypatch.undo()
