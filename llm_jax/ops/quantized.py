@@ -96,7 +96,8 @@ def quantized_linear(x: jax.Array, w: QTensor) -> jax.Array:
     of_q = spec((*layers, *in_order(inner, out, w.transposed)), PARAMS, (*w.q.shape[:-2], *sizes), mesh)
     of_scale = spec((*layers, out), PARAMS, (*w.scale.shape[:-1], w.out[0]), mesh)
     # Of activations only "tensor" divides what is not a row.
-    rules = COMPUTE | {name: PARAMS[name] if PARAMS[name] == "tensor" else None for name in w.axes}
+    tensor = {name: "tensor" if PARAMS[name] == "tensor" else None for name in w.axes}
+    rules = {**COMPUTE, **tensor}
     rows = ("batch", "seq") if x.ndim == 3 else ("batch", *(None,) * (x.ndim - 2))
     of_x = spec((*rows, inner), rules, x.shape, mesh)
     y_axes, y_shape = (*rows, out, *(None,) * (len(w.out) - 1)), (*x.shape[:-1], *w.out)

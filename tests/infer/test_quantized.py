@@ -197,6 +197,7 @@ def test_the_demo_model_in_int8(demo):
         make_mesh(""),
         "int8",
     )
+    assert found.perplexity and found.float_perplexity
     assert found.mean_kl < 5e-3 and found.top1_agreement > 0.9
     assert abs(found.perplexity / found.float_perplexity - 1) < 0.05
 

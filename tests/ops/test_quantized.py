@@ -163,7 +163,7 @@ def test_what_ran_is_told():
     linear(x, leaf)
     problem = QuantizedProblem("float32", False, 32, DEPTH, HEADS * DIM)
     assert problem.key == "float32 inner=64 out=32 rows=32"
-    assert "int8 products are fast" in chosen()[problem].reason
+    assert "products of integers are fast" in chosen()[problem].reason
     assert QuantizedProblem("float32", True, 32, 1, 2).key == "float32 rounded inner=1 out=2 rows=32"
 
 
