@@ -90,6 +90,10 @@ def rounded_weights(model: Described, mesh: Mesh, scheme: str) -> dict[str, Weig
     shapes = flatten(model.shapes)
     axes, contract = (flatten(tree, is_leaf=is_axes) for tree in (model.axes, model.contract))
     found = {}
+    if mixed := next((path for path in shapes if "experts" in axes[path]), None):
+        raise ValueError(
+            f"weights={scheme!r}: the experts of a mixture ({mixed}) are not rounded; take 'bfloat16'"
+        )
     for path, shape in shapes.items():
         stacked, names = axes[path][0] == "layers", axes[path]
         if len(contract[path]) != 1 or not (stacked or path == HEAD):

@@ -153,3 +153,9 @@ def test_names_of_weights(params, tmp_path):
         quantize(params, MODEL, make_mesh("data:1"), "")
     with pytest.raises(ValueError, match="params are quantized"):
         export_hf(tmp_path / "out", MODEL, quantize(params, MODEL, make_mesh("data:1")))
+
+
+def test_experts_are_refused_by_name():
+    config = dataclasses.replace(CONFIG, family="mixtral", num_experts=4, experts_per_token=2)
+    with pytest.raises(ValueError, match="weights='int8': the experts of a mixture"):
+        quantized_shapes(describe(config), make_mesh("tensor:8"))
