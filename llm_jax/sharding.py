@@ -18,7 +18,8 @@ from llm_jax.config import nearest
 
 logger = logging.getLogger(__name__)
 
-MESH_AXES = ("data", "fsdp", "context", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+DATA_AXES = ("data", "fsdp", "expert")  # split the batch; `expert` is one more of them to dense layers
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -33,17 +34,19 @@ PARAMS: Rules = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "experts": "expert",
+    "routes": None,  # the experts, as columns of the router
     "positions": None,
     "types": None,
     "ngrams": "tensor",
     "lora": None,
     "classes": None,
 }
-# Where the activations and caches live: the batch over both data axes, its tokens over context, heads
+# Where the activations and caches live: the batch over all data axes, its tokens over context, heads
 # and mlp over tensor. Caches and what attends to them have every token ("slots") on each device.
 COMPUTE: Rules = {
     "layers": None,
-    "batch": ("data", "fsdp"),
+    "batch": DATA_AXES,
     "seq": "context",
     "slots": None,
     "embed": None,
@@ -52,6 +55,7 @@ COMPUTE: Rules = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "experts": "expert",
 }
 
 _reported: set[tuple] = set()
@@ -73,7 +77,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(shape: Mapping[str, int] | str = "", devices: Sequence | None = None) -> Mesh:
-    """Mesh with axes data, fsdp, context, tensor over the first devices that the shape needs.
+    """Mesh with axes data, fsdp, expert, context, tensor over the first devices that the shape needs.
 
     Sizes not named are 1; one may be -1 and takes the devices that are left. Raises ValueError
     when the sizes do not fit the devices there are.
@@ -193,9 +197,18 @@ def balanced(x: jax.Array) -> jax.Array:
     return pieces[:, jnp.asarray(order)].reshape(x.shape)
 
 
+def splits(axis: str, name: str, size: int) -> bool:
+    """Whether `axis` of the mesh that is set splits an activation's dimension of this name and size."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape[axis] == 1:
+        return False
+    target = _mesh_axis(name, COMPUTE, size, mesh)
+    return axis in ((target,) if isinstance(target, str) else target or ())
+
+
 def data_shards(mesh: Mesh) -> int:
     """How many parts a batch is split into."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in DATA_AXES)
 
 
 def _mesh_axis(name: str | None, rules: Rules, size: int, mesh: Any) -> str | tuple | None:

@@ -24,6 +24,18 @@ class PerLayer:
         return self.parts[layer]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OfLayer:
+    """Stands where the array of one layer stood: those of all layers [L, ...], and which one it is [].
+
+    A kernel reads that one in place, where a slice would be copied before it begins.
+    """
+
+    stack: Any
+    layer: Any
+
+
 def is_per_layer(leaf: Any) -> bool:
     """Whether `leaf` is a `PerLayer`, for `is_leaf=`."""
     return isinstance(leaf, PerLayer)

@@ -90,6 +90,8 @@ _YARN = {
     "rope_theta": 1e4,
 }
 _QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+_MIXTRAL = {"num_local_experts": 8, "num_experts_per_tok": 2}
+_QWEN3_MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "head_dim": 14}
 _GEMMA = _LLAMA | {
     "head_dim": 14,
     "query_pre_attn_scalar": 11,
@@ -153,6 +155,20 @@ DECODERS = {
     "qwen3 windows, bias": _tiny(
         "Qwen3Config", "Qwen3ForCausalLM", **_LLAMA, **_QWEN_WINDOW, head_dim=14, attention_bias=True
     ),
+    "mixtral": _tiny("MixtralConfig", "MixtralForCausalLM", **_LLAMA, **_MIXTRAL),
+    "mixtral window": _tiny(
+        "MixtralConfig", "MixtralForCausalLM", **_LLAMA, **_MIXTRAL, sliding_window=7
+    ),
+    "qwen3_moe": _tiny("Qwen3MoeConfig", "Qwen3MoeForCausalLM", **_LLAMA, **_QWEN3_MOE),
+    "qwen3_moe normed, tied": _tiny(
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        **_LLAMA,
+        **_QWEN3_MOE,
+        norm_topk_prob=True,
+        attention_bias=True,
+        tie_word_embeddings=True,
+    ),
     "gemma2": _tiny(
         "Gemma2Config",
         "Gemma2ForCausalLM",
@@ -165,6 +181,9 @@ DECODERS = {
 CLASSIFIERS = {
     "gpt2 classifier": _tiny("GPT2Config", "GPT2ForSequenceClassification", **_GPT2, **_LABELS),
     "llama classifier": _tiny("LlamaConfig", "LlamaForSequenceClassification", **_LLAMA, **_LABELS),
+    "mixtral classifier": _tiny(
+        "MixtralConfig", "MixtralForSequenceClassification", **_LLAMA, **_MIXTRAL, **_LABELS
+    ),
     "gemma3 classifier": _tiny(
         "Gemma3TextConfig", "Gemma3TextForSequenceClassification", **_GEMMA3, **_LABELS
     ),

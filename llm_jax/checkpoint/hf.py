@@ -246,16 +246,14 @@ class _Checkpoint:
         self._refuse_unexpected()
 
     def names(self, path: str) -> list[str]:
-        """The tensors of a parameter, one for each layer if it is stacked."""
-        name = self.sources[path].name
-        if not path.startswith("layers/"):
-            return [name]
-        return [name.format(layer=layer) for layer in range(self.shapes[path].shape[0])]
+        """The tensors of a parameter, one for each layer, or expert of a layer, if it is stacked."""
+        source = self.sources[path]
+        places = np.ndindex(*self.shapes[path].shape[: source.stacked])
+        return [source.tensor(place) for place in places]
 
     def layer_shape(self, path: str) -> tuple[int, ...]:
         """Our shape of what one tensor holds."""
-        shape = self.shapes[path].shape
-        return shape[1:] if path.startswith("layers/") else shape
+        return self.shapes[path].shape[self.sources[path].stacked :]
 
     def describe_missing(self, missing: Mapping[str, Sequence[str]]) -> str:
         names = [name for names in missing.values() for name in names]
@@ -284,13 +282,11 @@ class _Checkpoint:
         }
 
     def _fill(self, path: str, shard: np.ndarray, index: tuple[slice, ...]) -> None:
-        """Copy the part `index` of a parameter into `shard`, layer by layer."""
-        names = self.names(path)
-        if not path.startswith("layers/"):
-            self._copy(names[0], path, index, shard)
-            return
-        for part, name in zip(shard, names[index[0]], strict=True):
-            self._copy(name, path, index[1:], part)
+        """Copy the part `index` of a parameter into `shard`, tensor by tensor."""
+        source = self.sources[path]
+        for place in np.ndindex(shard.shape[: source.stacked]):
+            name = source.tensor([index[axis].start + at for axis, at in enumerate(place)])
+            self._copy(name, path, index[source.stacked :], shard[place])
 
     def _copy(self, name: str, path: str, index: Sequence[slice], out: np.ndarray) -> None:
         """Copy `index` of one layer of a parameter into `out`, a block of rows at a time."""
@@ -489,25 +485,25 @@ class _Layout:
     def __init__(self, model: Model, params: Mapping[str, Any]):
         self.params, self.splits = params, _row_axes(model)
         shapes, prefix = flatten(model.shapes), family(model.config.family).prefix
-        self.parts: dict[str, list[tuple[str, int | None, Source]]] = defaultdict(list)
+        self.parts: dict[str, list[tuple[str, tuple[int, ...], Source]]] = defaultdict(list)
         self.tensors = {}
         for path, source in sources(model.config, shapes).items():
-            stacked = path.startswith("layers/")
-            name = prefix + source.name if has_prefix(model.config, path) else source.name
-            shape = shapes[path].shape[1:] if stacked else shapes[path].shape
+            shape, before = shapes[path].shape, prefix if has_prefix(model.config, path) else ""
+            stored = _stored_shape(shape[source.stacked :], self.splits[path], source)
             dtype = np.dtype(jax.tree.leaves(params[path])[0].dtype)
-            for layer in range(shapes[path].shape[0]) if stacked else (None,):
-                full = name.format(layer=layer)
-                self.parts[full].append((path, layer, source))
-                self.tensors[full] = (dtype, _stored_shape(shape, self.splits[path], source))
+            for place in np.ndindex(*shape[: source.stacked]):
+                full = before + source.tensor(place)
+                self.parts[full].append((path, place, source))
+                self.tensors[full] = (dtype, stored)
         self.host = functools.lru_cache(maxsize=3)(self._host)  # q, k and v are written together
 
     def value(self, name: str) -> np.ndarray:
         """The tensor as a checkpoint stores it."""
         pieces = []
-        for path, layer, source in sorted(self.parts[name], key=lambda part: part[2].part):
+        for path, place, source in sorted(self.parts[name], key=lambda part: part[2].part):
             value = self.host(path)
-            value = value if layer is None else np.asarray(value[layer])
+            for index in place:
+                value = np.asarray(value[index])
             split = self.splits[path]
             rows = math.prod(value.shape[:split])
             piece = value.reshape(-1) if split == value.ndim else value.reshape(rows, -1)
@@ -524,15 +520,15 @@ class _Layout:
 
 
 def _row_axes(model: Model) -> dict[str, int]:
-    """How many leading axes of each parameter (the layer axis aside) a checkpoint lays out as rows.
+    """How many leading axes of each parameter (of layers and experts aside) a checkpoint has as rows.
 
     The axes that a product sums over are columns, as are those of a row that is looked up; a vector
     has rows only.
     """
     contract = flatten(model.contract, is_leaf=lambda leaf: isinstance(leaf, tuple))
-    rows = {}
-    for path, shape in flatten(model.shapes).items():
-        axes = len(shape.shape) - path.startswith("layers/")
+    rows, shapes = {}, flatten(model.shapes)
+    for path, source in sources(model.config, shapes).items():
+        axes = len(shapes[path].shape) - source.stacked
         table = path.startswith("embed/") and axes == 2
         rows[path] = axes - (1 if table else len(contract[path]))
     return rows

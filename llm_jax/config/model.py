@@ -39,7 +39,7 @@ class ModelConfig:
     """Everything that shapes one transformer, decoder or encoder. Hashable, so it can key a jit.
 
     Letters: V vocab_size, L num_layers, D embed_dim, N num_heads, K num_kv_heads, H head_dim,
-    F mlp_dim, C num_classes.
+    F mlp_dim, E num_experts, C num_classes.
     """
 
     family: str  # Hugging Face model_type that import and export speak, e.g. "llama"
@@ -75,6 +75,11 @@ class ModelConfig:
     activation: str = "silu"  # "silu" | "gelu" | "gelu_tanh" | "relu"
     gated_mlp: bool = True
     mlp_bias: bool = False
+    # Mixture of experts: num_experts feed-forward layers of width mlp_dim, of which a token has a few
+    num_experts: int = 0  # 0 = one feed-forward layer for all tokens
+    experts_per_token: int = 0
+    norm_expert_weights: bool = True  # the weights of a token's experts sum to 1 (Mixtral)
+    router_aux_loss: float = 0.0  # times this the load-balancing loss is added to that of training
     # Embedding and heads
     embed_scale: bool = False  # multiply embeddings by sqrt(D) (Gemma)
     embed_norm: bool = False  # LayerNorm after the embedding sum (BERT)
@@ -129,6 +134,7 @@ class ModelConfig:
             self.windows,
             f"empty, or one entry for each of the {self.num_layers} layers",
         )
+        self._check_experts()
         if self.head == "classifier":
             require(self.num_classes > 1, "num_classes", self.num_classes, "two or more")
         if self.labels:
@@ -150,6 +156,18 @@ class ModelConfig:
             require(self.ngram_buckets > 0, "ngram_buckets", self.ngram_buckets, "a positive number")
             without = "() for a causal model: a decode step sees one token"
             require(not self.causal, "ngram_orders", orders, without)
+
+    def _check_experts(self) -> None:
+        experts, chosen, loss = self.num_experts, self.experts_per_token, self.router_aux_loss
+        require(experts >= 0, "num_experts", experts, "0, or a positive number")
+        require(loss >= 0, "router_aux_loss", loss, "0 or more")
+        if not experts:
+            require(chosen == 0, "experts_per_token", chosen, "0 with num_experts=0")
+            require(loss == 0, "router_aux_loss", loss, "0 with num_experts=0")
+            return
+        require(1 <= chosen <= experts, "experts_per_token", chosen, f"1 to num_experts={experts}")
+        require(self.gated_mlp, "gated_mlp", self.gated_mlp, "True: experts are gated")
+        require(not self.mlp_bias, "mlp_bias", self.mlp_bias, "False: experts have no biases")
 
     @property
     def layer_windows(self) -> tuple[int, ...]:

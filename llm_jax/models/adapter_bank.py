@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from llm_jax.config import LoraConfig
 from llm_jax.models.describe import Model, Params
 from llm_jax.models.lora import LoraModel, matching
+from llm_jax.models.moe import MOE
 from llm_jax.ops.linear import LowRank, LowRankBank, is_bank
 from llm_jax.sharding import is_axes, replicated
 from llm_jax.tree import PerLayer, flatten, is_per_layer, unflatten
@@ -33,13 +34,15 @@ HostChange = dict[str, tuple[np.ndarray, np.ndarray]]  # path: a [L, r, C], b [L
 class AdapterBank:
     """Room for `places` changes, each of rank up to `rank`, of the weights of every layer.
 
-    targets: patterns of the paths that have room, () for all weights of the layers. Arrays are in the
-    parameter dtype, split over `mesh` as the weights are. ValueError for patterns that cannot be.
+    targets: patterns of the paths that have room, () for all weights of the layers but those of experts.
+    Arrays are in the parameter dtype, split over `mesh` as the weights are. ValueError for patterns that
+    cannot be.
     """
 
     def __init__(self, model: Model, places: int, rank: int, mesh: Mesh, targets: tuple[str, ...] = ()):
         contract = flatten(model.contract, is_leaf=is_axes)
         weights = [path for path, names in contract.items() if names and path.startswith("layers/")]
+        weights = [path for path in weights if not path.startswith(MOE)]
         found = matching(targets or (".",), weights, "EngineConfig.adapter_targets")
         lora = LoraModel(model, LoraConfig(places * rank, targets=tuple(f"^{path}$" for path in found)))
         self.targets, self.places, self.rank, self.mesh = lora.targets, places, rank, mesh

@@ -3,6 +3,7 @@
 import jax
 
 from llm_jax.models.describe import Model
+from llm_jax.models.moe import EXPERTS
 from llm_jax.tree import flatten, num_elements
 
 TABLES = ("embed/tokens", "embed/positions", "embed/types", "ngrams/table")  # looked up, not multiplied
@@ -11,13 +12,16 @@ TABLES = ("embed/tokens", "embed/positions", "embed/types", "ngrams/table")  # l
 def forward_flops(model: Model, tokens: int, context: int) -> int:
     """Multiply-adds, times two, of a forward pass over `tokens` tokens that see `context` keys each.
 
-    Matrices and attention count, as in PaLM (Chowdhery et al. 2022, appendix B): not norms, activations
-    and softmax, and a causal mask saves nothing. A training step is three times that; what
-    rematerialization computes again does not count.
+    Matrices (of experts, those that a token has) and attention count, as in PaLM (Chowdhery et al. 2022,
+    appendix B): not norms, activations and softmax, and a causal mask saves nothing. A training step is
+    three times that; what rematerialization computes again does not count.
     """
     cfg = model.config
     sizes = jax.tree.map(lambda s, c: num_elements(s) if c else 0, model.shapes, model.contract)
-    matrices = sum(size for path, size in flatten(sizes).items() if path not in TABLES)
+    flat = flatten(sizes)
+    matrices = sum(size for path, size in flat.items() if path not in (*TABLES, *EXPERTS))
+    if cfg.num_experts:
+        matrices += sum(flat[path] for path in EXPERTS) // cfg.num_experts * cfg.experts_per_token
     if cfg.tie_embeddings:
         matrices += cfg.vocab_size * cfg.embed_dim
     keys = sum(min(window, context) if window else context for window in cfg.layer_windows)

@@ -69,6 +69,7 @@ def from_hf(hf: Mapping[str, Any], *, pooling: str | None = None, pooler: bool =
     if not isinstance(model_type, str):
         raise ValueError("config.json has no model_type; expected one of " + ", ".join(FAMILIES))
     fam = family(model_type)
+    hf = {**hf, **{key: hf[other] for other, key in fam.aliases.items() if other in hf}}
     values = {**fam.defaults, **hf}
     _check_keys(fam, hf, values)
     rope = _rope(fam, values)
@@ -175,7 +176,7 @@ def _check_keys(fam: Family, hf: Mapping[str, Any], values: Mapping[str, Any]) -
                 f"{hf['model_type']!r}; expected {' or '.join(repr(a) for a in allowed)}"
             )
     known = HARMLESS | fam.harmless | set(fam.defaults) | set(fam.keys.values()) | set(supported)
-    known |= _ROPE_KEYS | {"original_max_position_embeddings"}
+    known |= _ROPE_KEYS | set(fam.aliases) | {"original_max_position_embeddings"}
     if unknown := sorted(set(hf) - known):
         logger.warning(
             "config.json: unknown keys %s were not used; check that they do not change the model",

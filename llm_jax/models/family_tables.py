@@ -9,7 +9,7 @@ wrote are understood too), and the model cards of the families.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -17,7 +17,8 @@ from typing import Any
 class Source:
     """Where a checkpoint keeps one of our parameters.
 
-    name: tensor name without the model prefix; {layer} stands for the index in a stacked leaf.
+    name: tensor name without the model prefix; {layer} stands for the index in a stacked leaf, {expert}
+        for that of an expert in a leaf that leads with layers and experts.
     part, parts: which of `parts` equal pieces of the output axis (GPT-2 fuses q, k and v).
     transposed: stored [in, out] instead of [out, in] (GPT-2's Conv1D).
     """
@@ -27,12 +28,22 @@ class Source:
     parts: int = 1
     transposed: bool = False
 
+    @property
+    def stacked(self) -> int:
+        """How many leading axes of our parameter a checkpoint has as separate tensors."""
+        return ("{layer}" in self.name) + ("{expert}" in self.name)
+
+    def tensor(self, index: Sequence[int]) -> str:
+        """The name with the index, of `stacked` numbers, filled in."""
+        return self.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """One model_type.
 
     keys: ModelConfig field -> config.json key, values taken over (activations by ACTIVATIONS).
+    aliases: other names of keys -> those in `keys`.
     defaults: config.json key -> what transformers takes when the key is absent.
     fixed: ModelConfig fields that are the same for the whole family.
     supported: config.json key -> the values that mean what we compute; any other is refused.
@@ -53,6 +64,7 @@ class Family:
     prefix: str
     trunk: Mapping[str, Source]
     heads: Mapping[str, Mapping[str, Source]]
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     supported: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     harmless: frozenset[str] = frozenset()
     other_prefixes: tuple[str, ...] = ()
@@ -224,6 +236,21 @@ _LLAMA_PARTS: dict[str, Any] = {
     ),
     "copies": {"lm_head.weight": "embed_tokens.weight"},
 }
+
+# --- Mixtures of experts -------------------------------------------------------------------------
+
+
+def _experts(module: str, gate: str, up: str, down: str) -> dict[str, Source]:
+    """Llama's parameters with a router and experts in place of its feed-forward layer."""
+    dense = {path: source for path, source in _LLAMA_TRUNK.items() if "/mlp/" not in path}
+    names = {"gate": gate, "up": up, "down": down}
+    own = {f"layers/moe/{ours}": f"{module}.experts.{{expert}}.{name}" for ours, name in names.items()}
+    return dense | _paths({"layers/moe/router": f"{module}.gate.weight", **own})
+
+
+_MIXTRAL_TRUNK = _experts(f"{_LAYER}.block_sparse_moe", "w1.weight", "w3.weight", "w2.weight")
+_QWEN3_MOE_TRUNK = _experts(f"{_LAYER}.mlp", "gate_proj.weight", "up_proj.weight", "down_proj.weight")
+_EXPERT_KEYS = {"experts_per_token": "num_experts_per_tok", "router_aux_loss": "router_aux_loss_coef"}
 
 _GEMMA_KEYS = _LLAMA_KEYS | _ATTENTION_BIAS
 _GEMMA_KEYS = _GEMMA_KEYS | {
@@ -522,6 +549,67 @@ FAMILIES: dict[str, Family] = {
         fixed=_LLAMA_FIXED | {"qk_norm": True},
         architectures=_decoder_architectures("Qwen3"),
         trunk=_LLAMA_TRUNK,
+        **_LLAMA_PARTS,
+    ),
+    "mixtral": Family(
+        keys=_LLAMA_KEYS | _EXPERT_KEYS | {"num_experts": "num_local_experts"},
+        aliases={"num_experts": "num_local_experts"},
+        defaults=_LLAMA_DEFAULTS
+        | {
+            "intermediate_size": 14336,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "sliding_window": None,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "router_aux_loss_coef": 0.001,
+        },
+        fixed=_LLAMA_FIXED | {"norm_expert_weights": True},
+        supported={"layer_types": (None,), "router_jitter_noise": (0, None)},
+        harmless=frozenset({"output_router_logits"}),
+        architectures=_decoder_architectures("Mixtral"),
+        trunk=_MIXTRAL_TRUNK,
+        **_LLAMA_PARTS,
+    ),
+    "qwen3_moe": Family(
+        keys=_LLAMA_KEYS
+        | _ATTENTION_BIAS
+        | _EXPERT_KEYS
+        | {
+            "mlp_dim": "moe_intermediate_size",
+            "num_experts": "num_experts",
+            "norm_expert_weights": "norm_topk_prob",
+        },
+        aliases={"num_local_experts": "num_experts"},
+        defaults=_LLAMA_DEFAULTS
+        | {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "attention_bias": False,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+            "router_aux_loss_coef": 0.001,
+            "use_sliding_window": False,
+        },
+        fixed=_LLAMA_FIXED | {"qk_norm": True},
+        # Layers that differ, with and without experts or with and without a window, are not supported.
+        supported={
+            "decoder_sparse_step": (1, None),
+            "mlp_only_layers": ([], None),
+            "use_sliding_window": (False, None),
+        },
+        harmless=frozenset(
+            "intermediate_size max_window_layers output_router_logits sliding_window".split()
+        ),
+        architectures=_decoder_architectures("Qwen3Moe"),
+        trunk=_QWEN3_MOE_TRUNK,
         **_LLAMA_PARTS,
     ),
     "gemma2": Family(

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from llm_jax.config import LoraConfig
 from llm_jax.models.describe import Model, Params
+from llm_jax.models.moe import MOE
 from llm_jax.models.transformer import Transformer
 from llm_jax.ops.linear import LowRank, is_low_rank
 from llm_jax.sharding import is_axes, shardings
@@ -42,6 +43,11 @@ class LoraModel:
         self.whole = matching(lora.whole, shapes, "lora.whole")
         weights = {path: names for path, names in contract.items() if names}
         self.targets = matching(lora.targets, weights, "lora.targets")
+        if experts := [path for path in self.targets if path.startswith(MOE)]:
+            raise ValueError(
+                f"lora.targets={lora.targets!r} name {experts}: a mixture of experts has no adapters; "
+                "expected such as ('layers/attn/',)"
+            )
         if both := set(self.whole) & set(self.targets):
             raise ValueError(
                 f"lora.targets and lora.whole both name {sorted(both)}; expected one of them"

@@ -2,7 +2,8 @@
 
 Letters: B batch, T tokens, D embed, L layers, V vocab, C classes.
 
-    tokens [B, T] -> Embed -> L x Block(Attention -> context.attend, MLP) -> norm -> hidden [B, T, D]
+    tokens [B, T] -> Embed -> L x Block(Attention -> context.attend, MLP or MoE) -> norm
+           -> hidden [B, T, D]
     hidden -> unembed -> logits [B, T, V]   or   -> pooled -> classify -> logits [B, C]
            or -> spans -> logits [B, T, 2]
 
@@ -22,6 +23,7 @@ from flax import nnx
 from llm_jax.config import ModelConfig
 from llm_jax.models.heads import ClassifierHead, LMHead, Pooler, SpanHead, fold_parts, pool
 from llm_jax.models.layers import MLP, Attention, Embed, NgramEmbed, Norm
+from llm_jax.models.moe import MoE, hold_matrices, lend_matrices
 from llm_jax.ops.attention import AttentionContext
 from llm_jax.ops.rope import frequencies, rotary_tables
 from llm_jax.ops.tap_context import tap
@@ -48,7 +50,8 @@ class Block(nnx.Module):
         self.attn = Attention(cfg, rngs=rngs)
         self.attn_post_norm = Norm(cfg, d, "embed") if after else None
         self.mlp_norm = Norm(cfg, d, "embed") if before else None
-        self.mlp = MLP(cfg, rngs=rngs)
+        self.mlp = None if cfg.num_experts else MLP(cfg, rngs=rngs)
+        self.moe = MoE(cfg, rngs=rngs) if cfg.num_experts else None
         self.mlp_post_norm = Norm(cfg, d, "embed") if after else None
 
     def __call__(self, x, positions, rotary, context, layer, window):
@@ -57,7 +60,11 @@ class Block(nnx.Module):
         h, context = self.attn(h, positions, rotary, context, layer, window)
         h, context = tap(context, "attn_out", h, layer)
         x = self._add(x, context.dropout(h, self.rate, layer, 0), self.attn_post_norm)
-        h = self.mlp(x if self.mlp_norm is None else self.mlp_norm(x))
+        h = x if self.mlp_norm is None else self.mlp_norm(x)
+        if self.mlp is None:
+            h, context = self.moe(h, context, layer)
+        else:
+            h = self.mlp(h)
         h, context = tap(context, "mlp_out", h, layer)
         x = self._add(x, context.dropout(h, self.rate, layer, 1), self.mlp_post_norm)
         return tap(context, "resid", x, layer)
@@ -121,9 +128,11 @@ class Transformer(nnx.Module):
                 x, context = run_block(x, context, params, i, window)
         else:
             window = windows[0] if len(set(windows)) == 1 else None
+            layers, held = hold_matrices(layers, context, self.cfg.compute_dtype)
 
             def body(carry, per_layer):
                 params, layer, varying = per_layer
+                params = lend_matrices(params, held, layer)
                 return block(*carry, params, layer, varying if window is None else window), None
 
             if self.cfg.remat != "none":

@@ -321,6 +321,17 @@ def repeated_for_tensor(q, k, v) -> tuple[jax.Array, jax.Array]:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Routing:
+    """Sums over tokens and layers, by text and expert [B, E] float32: how often each expert was chosen,
+    and its probabilities. Padding does not count.
+    """
+
+    chosen: jax.Array
+    probabilities: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class FullContext:
     """Training and encoders: every key is in the batch and nothing is kept.
 
@@ -329,6 +340,7 @@ class FullContext:
 
     segment_ids: jax.Array  # [B, T] int32
     dropout_key: jax.Array | None = None  # None = no dropout (evaluation)
+    routing: Routing | None = None  # of the layers so far; None = it is not counted (ops/experts.py)
 
     def attend(self, layer, q, k, v, *, positions, window, options):
         if sequence_shards(q.shape[1]) > 1:

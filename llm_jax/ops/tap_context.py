@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.config import ModelConfig
-from llm_jax.ops.taps import MAPS, Patch, point_shape
+from llm_jax.ops.taps import MAPS, ROUTER, Patch, point_shape
 from llm_jax.sharding import shard
 
 Record = tuple[tuple[str, tuple[int, ...]], ...]  # points, and their layers: what a program is made for
@@ -97,7 +97,8 @@ class TapContext:
         """With nothing recorded yet. keys: S of the maps."""
         records = {}
         for point, layers in record:
-            dtype = jnp.float32 if point == MAPS else jnp.dtype(config.compute_dtype)
+            wide = point in (MAPS, ROUTER)
+            dtype = jnp.float32 if wide else jnp.dtype(config.compute_dtype)
             shape = (len(layers), *given.keep.shape, *point_shape(config, point, keys))
             records[point] = jnp.zeros(shape, dtype)
         return cls(inner, given, records, record)

@@ -1,6 +1,6 @@
 """What a request may look into and change inside the model: `Taps`, checked when made. Host only.
 
-Letters: D embed, N query heads, K key/value heads, H head dim.
+Letters: D embed, N query heads, K key/value heads, H head dim, E experts.
 
     point       shape        what it is
     embed       [D]          what enters the first layer
@@ -9,6 +9,7 @@ Letters: D embed, N query heads, K key/value heads, H head dim.
     attn_probs  [N, keys]    the attention map; it cannot be patched
     heads       [N, H]       each head's mix of values, before the output projection
     attn_out    [D]          what attention gives, before a norm that may follow and the residual sum
+    router      [E]          the router's logits, whose largest choose the experts of the token
     mlp_out     [D]          what the feed-forward layer gives, likewise
     resid       [D]          the residual stream after the layer
     final       [D]          what logits are computed from, after the last norm
@@ -27,7 +28,8 @@ from llm_jax.config.checks import choice
 
 ONCE = ("embed", "final")
 MAPS = "attn_probs"
-POINTS = ("embed", "q", "k", "v", MAPS, "heads", "attn_out", "mlp_out", "resid", "final")
+ROUTER = "router"
+POINTS = ("embed", "q", "k", "v", MAPS, "heads", "attn_out", ROUTER, "mlp_out", "resid", "final")
 MODES = ("replace", "add")
 
 
@@ -105,6 +107,15 @@ class Taps:
 
     def check(self, config: ModelConfig, tokens: int) -> None:
         """ValueError where the model has no such layer or shape, or so many tokens no such position."""
+        if not config.num_experts:
+            for name, points in (
+                ("Taps.record", self.record),
+                ("Patch.point", [p.point for p in self.patches]),
+            ):
+                if ROUTER in points:
+                    raise ValueError(
+                        f"{name}={ROUTER!r}: the model has no experts to choose among; leave it out"
+                    )
         last = config.num_layers - 1
         for name, layers in (
             ("Taps.layers", self.layers or ()),
@@ -146,12 +157,12 @@ def point_shape(config: ModelConfig, point: str, keys: int = 0) -> tuple[int, ..
         return config.num_heads, config.head_dim
     if point in ("k", "v"):
         return config.num_kv_heads, config.head_dim
+    if point == ROUTER:
+        return (config.num_experts,)
     return (config.num_heads, keys) if point == MAPS else (config.embed_dim,)
 
 
 def _check_point(field: str, point: str) -> None:
-    if point == "router":
-        raise ValueError(f"{field}='router': the model has no experts to choose among; leave it out")
     choice(field, point, POINTS)
 
 

@@ -13,7 +13,7 @@ from llm_jax.models import Model, Params
 from llm_jax.models.transformer import Transformer
 from llm_jax.ops.attention import FullContext
 from llm_jax.ops.losses import cross_entropy, distillation_kl, sum_over_chunks
-from llm_jax.train.objectives import Batch, Metrics
+from llm_jax.train.objectives import Batch, Metrics, router_loss, text_context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def distillation_loss(
         batch["segment_ids"],
         batch["targets"],
     )
-    hidden, _ = nets.student(*inputs, FullContext(segments, key))
+    hidden, context = nets.student(*inputs, text_context(nets.student, batch, key))
     wanted = jax.lax.stop_gradient(nets.teacher(*inputs, FullContext(segments))[0])
 
     def sums(hidden, wanted, targets):
@@ -78,7 +78,9 @@ def distillation_loss(
 
     text, divergence, count = sum_over_chunks(sums, (hidden, wanted, targets), chunk)
     loss = (1.0 - weight) * text + weight * divergence
-    metrics = {"text_loss": (text, count), "divergence": (divergence, count)}
+    balance, metrics = router_loss(nets.student, context, count)
+    loss += balance
+    metrics |= {"text_loss": (text, count), "divergence": (divergence, count)}
     if hidden_weight:
         squares = jnp.square(hidden.astype(jnp.float32) - wanted.astype(jnp.float32)).mean(axis=-1)
         distance = jnp.sum(jnp.where(targets >= 0, squares, 0.0))

@@ -36,7 +36,8 @@ def buffers(
     """What a step on rows of `length` tokens holds on one device. state: with shardings.
 
     Parameters, gradients and moments are exact. Activations are what the backward pass of a layer is
-    given, about 8 D + 3 F numbers a token and N scores a pair of tokens; logits have a gradient too.
+    given, about 8 D + 3 F numbers a token (of K experts, K (2 D + 3 F) more) and N scores a pair of
+    tokens; logits have a gradient too.
     """
     held = {
         "parameters and gradients": (2 * _on_a_device(state.params), "--mesh=fsdp:N, lora"),
@@ -46,7 +47,10 @@ def buffers(
         cfg = model.config
         rows = math.ceil(config.batch_size / config.accumulate / data_shards(mesh))
         tokens, fewer = rows * length, "a larger accumulate, a smaller batch_size"
-        numbers = 8 * cfg.embed_dim + 3 * cfg.mlp_dim + cfg.num_heads * length
+        mlps = 3 * cfg.mlp_dim
+        if cfg.num_experts:
+            mlps = cfg.experts_per_token * (2 * cfg.embed_dim + 3 * cfg.mlp_dim)
+        numbers = 8 * cfg.embed_dim + mlps + cfg.num_heads * length
         size = tokens * cfg.num_layers * numbers * jnp.dtype(cfg.compute_dtype).itemsize
         held["activations"] = (size, f"{fewer}, shorter rows")
         if cfg.head in ("lm", "masked_lm"):

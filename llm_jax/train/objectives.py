@@ -17,6 +17,7 @@ import numpy as np
 from llm_jax.models.heads import fold_parts
 from llm_jax.models.transformer import Transformer
 from llm_jax.ops.attention import FullContext
+from llm_jax.ops.experts import load_balancing_loss, no_routing
 from llm_jax.ops.losses import cross_entropy, vocabulary_loss
 from llm_jax.sharding import balanced
 
@@ -43,12 +44,35 @@ def lm_loss(
     if net.cfg.causal:  # what it sees goes by positions, and the sum has no order
         names = ("tokens", "targets", "segment_ids", "positions")
         batch = {name: balanced(batch[name]) for name in names}
-    context = FullContext(batch["segment_ids"], key)
-    hidden, _ = net(batch["tokens"], batch["positions"], context)
+    hidden, context = net(batch["tokens"], batch["positions"], text_context(net, batch, key))
     loss, count, correct = vocabulary_loss(
         net.unembed, hidden, batch["targets"], chunk=chunk, z_loss=z_loss
     )
-    return loss, count, {"accuracy": (correct, count)}
+    balance, metrics = router_loss(net, context, count)
+    return loss + balance, count, {"accuracy": (correct, count)} | metrics
+
+
+def text_context(net: Transformer, batch: Batch, key: jax.Array | None) -> FullContext:
+    """The context of a batch; it counts how tokens choose among experts, if the model has any."""
+    cfg, segments = net.cfg, batch["segment_ids"]
+    routing = no_routing(len(segments), cfg.num_experts) if cfg.num_experts else None
+    return FullContext(segments, key, routing)
+
+
+def router_loss(
+    net: Transformer, context: FullContext, count: jax.Array
+) -> tuple[jax.Array | float, Metrics]:
+    """What a loss sum over `count` targets has added for the balance of experts, and that balance.
+
+    Added while training only: an evaluation tells how well a model predicts. The balance is that of a
+    part of the batch (`load_balancing_loss`), so here alone parts do not add up to one large batch.
+    """
+    if context.routing is None:
+        return 0.0, {}
+    tokens = jnp.sum(context.segment_ids > 0, dtype=jnp.float32)
+    balance = count * load_balancing_loss(context.routing, tokens, net.cfg.num_layers)
+    added = 0.0 if context.dropout_key is None else net.cfg.router_aux_loss * balance
+    return added, {"router_balance": (balance, count)}
 
 
 def masked_lm_loss(

@@ -137,7 +137,8 @@ def _sgd(config: OptimConfig, _: Trainable) -> optax.GradientTransformationExtra
 def _muon(config: OptimConfig, model: Trainable) -> optax.GradientTransformationExtraArgs:
     """Orthogonalized momentum for the matrices of the layers, each on its own; Adam for all else.
 
-    A matrix is what the declared axes say: wq, an array [L, N, H, D], is L matrices [N H, D].
+    A matrix is what the declared axes say: wq, an array [L, N, H, D], is L matrices [N H, D]; weights of
+    experts [L, E, out, in] are L E matrices.
     """
 
     def label(axes: tuple[str, ...], contract: tuple[str, ...]) -> str:
@@ -151,7 +152,8 @@ def _muon(config: OptimConfig, model: Trainable) -> optax.GradientTransformation
         if label != "matrices":
             return optax.MaskedNode()
         first = len(axes) - len(contract)  # weights are "out, in"
-        return optax.contrib.MuonDimensionNumbers(tuple(range(first, len(axes))), tuple(range(1, first)))
+        out = tuple(range(_lead(axes), first))
+        return optax.contrib.MuonDimensionNumbers(tuple(range(first, len(axes))), out)
 
     sides = jax.tree.map(numbers, model.axes, model.contract, labels, is_leaf=is_axes)
 
@@ -169,11 +171,17 @@ def _muon(config: OptimConfig, model: Trainable) -> optax.GradientTransformation
     return optax.partition({"matrices": muon, "others": _adam(config, model)}, labels)
 
 
+def _lead(axes: tuple[str, ...]) -> int:
+    """How many axes come before those of a matrix: of layers, and of experts."""
+    return axes.count("layers") + axes.count("experts")
+
+
 def _adafactor(_: OptimConfig, model: Trainable) -> optax.GradientTransformationExtraArgs:
     """Second moments by row and column, updates clipped and relative to the size of their parameter.
 
     As in the paper for each matrix of each layer, which a stack of weights with several axes hides: a
-    leaf becomes [L, out, in] or a vector [L, n] first, and the rule is applied to each layer.
+    leaf becomes [L, out, in] or a vector [L, n] first, and the rule is applied to each layer. Of experts
+    it is [L E, out, in].
     """
     rule = optax.chain(
         optax.scale_by_factored_rms(min_dim_size_to_factor=1),
@@ -188,7 +196,7 @@ def _adafactor(_: OptimConfig, model: Trainable) -> optax.GradientTransformation
     def matrix(
         x: jax.Array, axes: tuple[str, ...], contract: tuple[str, ...], decays: bool
     ) -> jax.Array:
-        lead = x.shape[: axes.count("layers")]
+        lead = (math.prod(x.shape[: _lead(axes)]),) if "layers" in axes else ()
         inner = math.prod(x.shape[x.ndim - max(len(contract), 1) :])
         return x.reshape(*lead, -1, inner) if decays else x.reshape(*lead, -1)
 

@@ -29,7 +29,7 @@ SIZES |= {"pages": (11,)}  # pages run out where two prompts have two samples ea
 PROMPT = np.random.default_rng(0).integers(3, tiny.VOCAB, 21).tolist()
 OTHERS = [[5, 6, 7], [60, 50, 40, 30, 20] * 2]
 ASKED = SamplingParams(max_new_tokens=9, temperature=0, ignore_eos=True, logprobs=0)
-EVERYTHING = Taps(record=POINTS)
+EVERYTHING = Taps(record=tuple(point for point in POINTS if point != "router"))
 SOME = {"record": ("resid", "attn_probs"), "layers": (2, 0)}  # one program for most tests
 
 
@@ -386,7 +386,6 @@ def test_an_encoder_is_looked_into_without_an_engine(models):
 
 
 REFUSED = {
-    r"Taps.record='router': the model has no experts": lambda: Taps(("router",)),
     r"Taps.record='middle'": lambda: Taps(("middle",)),
     r"Taps.record='resid': expected a tuple": lambda: Taps("resid"),
     r"Taps.record=\('q', 'q'\)": lambda: Taps(("q", "q")),
@@ -405,6 +404,8 @@ REFUSED = {
 }
 REFUSED_BY_AN_ENGINE = {
     r"Taps.layers=3: expected a layer from 0 to 2": Taps(("q",), (3,)),
+    r"Taps.record='router': the model has no experts": Taps(("router",)),
+    r"Patch.point='router': the model has no experts": Taps(patches=(Patch("router", np.ones(8)),)),
     r"Patch.layer=7": Taps(patches=(Patch("resid", np.ones(48), 7),)),
     r"has shape \(3,\): expected \(48,\)": Taps(patches=(Patch("resid", [1, 2, 3]),)),
     r"Patch.position=29: expected less than 29": Taps(patches=(Patch("resid", np.ones(48), 0, 29),)),

@@ -61,21 +61,21 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("implementation", ["pallas", "xla", "reference"])
+@pytest.mark.parametrize("implementation", ["pallas", "xla", "loop", "reference"])
 @pytest.mark.parametrize(("sizes", "rows"), SIZES, ids=str)
 def test_products_of_groups_of_any_size(sizes, rows, implementation):
     x, w, _ = drawn(0, rows, 384, 128, len(sizes))
     of_group = jnp.asarray(sizes, jnp.int32)
     if implementation == "reference":
         got = reference_grouped_matmul(x, w, of_group)
-    elif implementation == "xla":
-        got = grouped_matmul(x, w, of_group, implementation="xla")
+    elif implementation in ("xla", "loop"):
+        got = grouped_matmul(x, w, of_group, implementation=implementation)
     else:
         got = grouped_matmul(x, w, of_group, blocks=SMALL, **KERNEL)
     close(got, exact(x, w, sizes))
 
 
-@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+@pytest.mark.parametrize("implementation", ["pallas", "xla", "loop"])
 @pytest.mark.parametrize(
     ("sizes", "rows", "columns", "depth"),
     [
@@ -86,7 +86,7 @@ def test_products_of_groups_of_any_size(sizes, rows, implementation):
 )
 def test_gradients(sizes, rows, columns, depth, implementation):
     x, w, grad = drawn(1, rows, columns, depth, len(sizes))
-    options = {"implementation": "xla"}
+    options = {"implementation": implementation}
     if implementation == "pallas":
         options = KERNEL | {"blocks": SMALL, "gradient_blocks": SMALL_GRADIENTS}
     of_group = jnp.asarray(sizes, jnp.int32)
@@ -98,14 +98,49 @@ def test_gradients(sizes, rows, columns, depth, implementation):
     assert not np.any(np.asarray(of_w)[np.asarray(sizes) == 0])
 
 
+@pytest.mark.parametrize("implementation", ["pallas", "xla", "loop"])
+def test_one_of_stacked_layers(implementation):
+    """As its slice: the product, the gradient of x, and int8 weights."""
+    sizes, rows = [20, 0, 35, 9], 80
+    x, w, grad = drawn(10, rows, 256, 128, 12)
+    w, of_group = w.reshape(3, 4, 256, 128), jnp.asarray(sizes, jnp.int32)
+    options = {"implementation": implementation}
+    if implementation == "pallas":
+        options = KERNEL | {"blocks": SMALL, "gradient_blocks": SMALL_GRADIENTS}
+
+    @jax.jit
+    def both(x, w, layer):
+        product = lambda x: grouped_matmul(x, w, of_group, layer=layer, **options)  # noqa: E731
+        out, back = jax.vjp(product, x)
+        return out, back(grad)[0]
+
+    for layer in (0, 2):
+        out, of_x = both(x, w, jnp.int32(layer))
+        close(out, exact(x, w[layer], sizes))
+        close(of_x, exact(x, w[layer], sizes, grad)[0])
+    whole = jnp.asarray(np.random.default_rng(1).integers(-128, 128, w.shape), jnp.int8)
+    scale = jnp.asarray(np.random.default_rng(2).uniform(0.01, 0.02, (3, 4, 256)), jnp.float32)
+    got = grouped_matmul(x, whole, of_group, scale=scale, layer=1, **options)
+    close(got, exact(x, whole[1].astype(jnp.float32) * scale[1][..., None], sizes))
+
+
+def test_the_kernel_has_no_gradient_of_stacked_weights():
+    x, w, _ = drawn(11, 64, 128, 128, 4)
+    product = lambda w: grouped_matmul(x, w, jnp.asarray([30, 34]), layer=1, **KERNEL).sum()  # noqa: E731
+    with pytest.raises(ValueError, match=r"no gradient for it with a layer; take w\[layer\]"):
+        jax.grad(product)(w.reshape(2, 2, 128, 128))
+
+
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, of the infinite rows
-@pytest.mark.slow
-def test_rows_of_others_do_not_reach_a_gradient():
+@pytest.mark.parametrize("implementation", [pytest.param("pallas", marks=pytest.mark.slow), "loop"])
+def test_rows_of_others_do_not_reach_a_gradient(implementation):
     """Not even where they are infinite."""
     sizes, rows = [20, 30, 10], 80
     x, w, grad = drawn(2, rows, 128, 128, 3)
     x, grad = x.at[25:50].set(jnp.inf), grad.at[25:50].set(jnp.nan)
-    options = KERNEL | {"gradient_blocks": SMALL_GRADIENTS}
+    options = {"implementation": implementation}
+    if implementation == "pallas":
+        options = KERNEL | {"gradient_blocks": SMALL_GRADIENTS}
     of_group = jnp.asarray(sizes)
     of_w = jax.vjp(lambda w: grouped_matmul(x, w, of_group, **options), w)[1](grad)[0]
     _, wanted = exact(x, w, sizes, grad)
@@ -131,11 +166,13 @@ def test_blocks_by_rule_and_under_jit():
     close(of_w, wanted_w)
 
 
-@pytest.mark.parametrize("implementation", [pytest.param("pallas", marks=pytest.mark.slow), "xla"])
+@pytest.mark.parametrize(
+    "implementation", [pytest.param("pallas", marks=pytest.mark.slow), "xla", "loop"]
+)
 def test_bfloat16_differs_by_its_own_roundings(implementation):
     sizes = [100, 0, 3, 60]
     x, w, grad = drawn(4, 176, 256, 256, 4, jnp.bfloat16)
-    options = KERNEL if implementation == "pallas" else {"implementation": "xla"}
+    options = KERNEL if implementation == "pallas" else {"implementation": implementation}
     of_group = jnp.asarray(sizes)
     out, back = jax.vjp(lambda x, w: grouped_matmul(x, w, of_group, **options), x, w)
     of_x, of_w = back(grad)
@@ -145,14 +182,14 @@ def test_bfloat16_differs_by_its_own_roundings(implementation):
         close(got, wanted, 2**-8)
 
 
-@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+@pytest.mark.parametrize("implementation", ["pallas", "xla", "loop"])
 def test_int8_weights(implementation):
     sizes, rows = [100, 0, 3, 40], 160
     x, _, grad = drawn(5, rows, 256, 128, 4)
     rng = np.random.default_rng(5)
     w = jnp.asarray(rng.integers(-128, 128, (4, 256, 128)), jnp.int8)
     scale = jnp.asarray(rng.uniform(0.01, 0.02, (4, 256)), jnp.float32)
-    options = {"implementation": "xla"}
+    options = {"implementation": implementation}
     if implementation == "pallas":
         options = KERNEL | {"blocks": SMALL, "gradient_blocks": SMALL_GRADIENTS}
     of_group = jnp.asarray(sizes)
@@ -170,9 +207,10 @@ def test_cores_share_the_columns():
     x, w, _ = drawn(6, 160, 384, 128, 3)
     sizes = [70, 30, 60]
     spec = api._Spec(SMALL, *SMALL_GRADIENTS, 2, 1 << 24, True)  # interpret mode takes core after core
-    close(spec.product(x, w, jnp.asarray(sizes), None, 2), exact(x, w, sizes))
+    given = (x, w, jnp.asarray(sizes), None, jnp.int32(0))
+    close(spec.product(*given, 2), exact(x, w, sizes))
     grad = drawn(7, 160, 384, 128, 3)[2]
-    of_w = api._grouped_backward(spec, (x, w, jnp.asarray(sizes), None), grad)[1]
+    of_w = api._grouped_backward(spec, given, grad)[1]
     close(of_w, exact(x, w, sizes, grad)[1])
 
 
@@ -205,10 +243,11 @@ def test_any_sizes_shapes_and_blocks(drawn_case):
         close(got, wanted)
 
 
-def test_sizes_beyond_the_rows_are_cut():
+@pytest.mark.parametrize("options", [KERNEL | {"blocks": SMALL}, {"implementation": "loop"}], ids=str)
+def test_sizes_beyond_the_rows_are_cut(options):
     x, w, _ = drawn(8, 64, 128, 128, 3)
     of_group = jnp.asarray([40, 40, 40])
-    got = grouped_matmul(x, w, of_group, blocks=SMALL, **KERNEL)
+    got = grouped_matmul(x, w, of_group, **options)
     close(got, exact(x, w, [40, 24, 0]))
 
 

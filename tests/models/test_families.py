@@ -1,5 +1,6 @@
 """config.json <-> ModelConfig: both spellings understood, what we cannot compute refused by name."""
 
+import dataclasses
 import json
 import logging
 
@@ -21,6 +22,9 @@ LLAMA = {
 }
 BERT = {"model_type": "bert", "architectures": ["BertModel"], "hidden_act": "gelu"}
 ROBERTA = {"model_type": "roberta", "architectures": ["RobertaForMaskedLM"]}
+MIXTRAL = LLAMA | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+QWEN3_MOE = LLAMA | {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
+QWEN3_MOE |= {"norm_topk_prob": True, "moe_intermediate_size": 32, "num_experts": 16}
 GEMMA3 = {
     "model_type": "gemma3_text",
     "architectures": ["Gemma3ForCausalLM"],
@@ -44,6 +48,11 @@ REFUSED = [
     ({"architectures": ["LlamaForQuestionAnswering"]}, r"expected one of LlamaForCausalLM"),
     ({"num_attention_heads": 5, "num_key_value_heads": 5}, r"48 is not a multiple of 5"),
     ({"vocab_size": "97"}, r"config\.json\.vocab_size='97': expected int"),
+    (MIXTRAL | {"num_experts_per_tok": 9}, r"experts_per_token=9: expected 1 to num_experts=8"),
+    (MIXTRAL | {"router_jitter_noise": 0.1}, r"router_jitter_noise=0\.1"),
+    (QWEN3_MOE | {"decoder_sparse_step": 2}, r"decoder_sparse_step=2 is not supported"),
+    (QWEN3_MOE | {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] is not supported"),
+    (QWEN3_MOE | {"use_sliding_window": True}, r"use_sliding_window=True is not supported"),
     (BERT | {"is_decoder": True}, r"is_decoder=True"),
     (BERT | {"position_embedding_type": "relative_key"}, r"position_embedding_type='relative_key'"),
     (BERT | {"architectures": ["BertLMHeadModel"]}, r"architectures=\['BertLMHeadModel'\]"),
@@ -154,7 +163,44 @@ def test_labels():
     assert json.loads(json.dumps(to_hf(named)))["id2label"]["1"] == "消极"
 
 
-@pytest.mark.parametrize("hf", [LLAMA, BERT, ROBERTA, GEMMA3], ids=lambda hf: hf["model_type"])
+def test_experts(caplog):
+    mixtral = from_hf(MIXTRAL | {"num_local_experts": 4, "router_aux_loss_coef": 0.02})
+    assert (mixtral.num_experts, mixtral.experts_per_token, mixtral.mlp_dim) == (4, 2, 76)
+    assert mixtral.norm_expert_weights and mixtral.router_aux_loss == 0.02
+    qwen = from_hf(QWEN3_MOE | {"intermediate_size": 999, "mlp_only_layers": []})
+    assert (qwen.num_experts, qwen.experts_per_token, qwen.mlp_dim) == (16, 8, 32)
+    assert (
+        qwen.norm_expert_weights
+        and not from_hf(QWEN3_MOE | {"norm_topk_prob": False}).norm_expert_weights
+    )
+    # transformers 5 writes the number of experts under either name.
+    other = {k: v for k, v in QWEN3_MOE.items() if k != "num_experts"} | {"num_local_experts": 16}
+    assert from_hf(other) == from_hf(QWEN3_MOE)
+    assert not caplog.records
+    llama = from_hf(LLAMA)
+    with pytest.raises(ValueError, match="'llama' model cannot have num_experts=4"):
+        to_hf(dataclasses.replace(llama, num_experts=4, experts_per_token=1))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_experts": -1}, "num_experts=-1"),
+        ({"experts_per_token": 2}, "experts_per_token=2: expected 0 with num_experts=0"),
+        ({"router_aux_loss": 0.1}, r"router_aux_loss=0\.1: expected 0 with num_experts=0"),
+        ({"num_experts": 4}, "experts_per_token=0: expected 1 to num_experts=4"),
+        ({"num_experts": 4, "experts_per_token": 2, "gated_mlp": False}, "gated_mlp=False"),
+        ({"num_experts": 4, "experts_per_token": 2, "mlp_bias": True}, "mlp_bias=True"),
+    ],
+)
+def test_settings_of_experts_are_checked(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(from_hf(LLAMA), **change)
+
+
+@pytest.mark.parametrize(
+    "hf", [LLAMA, MIXTRAL, QWEN3_MOE, BERT, ROBERTA, GEMMA3], ids=lambda hf: hf["model_type"]
+)
 def test_to_hf_is_the_inverse(hf):
     config = from_hf(hf)
     assert from_hf(to_hf(config)) == config

@@ -132,8 +132,8 @@ def check(name: str, directory, model, texts) -> None:
 
 # One case of each family in the quick suite, the variants in the slow one.
 QUICK = {"gpt2", "llama rope llama3", "mistral window", "qwen2 windows, yarn", "qwen3 windows, bias"}
-QUICK |= {"gemma2", "gemma3", "bert", "bert masked", "bert classifier", "bert span"}
-QUICK |= {"roberta classifier"}
+QUICK |= {"mixtral window", "qwen3_moe", "gemma2", "gemma3", "bert", "bert masked"}
+QUICK |= {"bert classifier", "bert span", "roberta classifier"}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
     python tests/tpu/compile_steps.py TOPOLOGY MESH        e.g. v5e:2x2 data:1,tensor:4
 
-libtpu compiles on any machine. Prints one JSON object per step of two models: `model`, `step`,
+libtpu compiles on any machine. Prints one JSON object per step of three models: `model`, `step`,
 `argument_bytes` and `temp_bytes` (of one device), `collectives` and Pallas `kernels` (names in the final
 program).
 """
@@ -62,6 +62,8 @@ PLAIN = dataclasses.replace(
     norm_position="pre",
 )
 
+MIXTURE = dataclasses.replace(PLAIN, family="mixtral", num_experts=8, experts_per_token=2)
+
 
 def lowered(config: ModelConfig, mesh):
     """(step, what to compile) of one model."""
@@ -105,7 +107,7 @@ def main(topology: str, shape: str) -> None:
     options = {"chip_config_name": "megacore"} if topology.startswith("v4") else {}  # one device a chip
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     mesh = make_mesh(shape, found.devices)
-    for name, config in {"gemma2": CONFIG, "llama": PLAIN}.items():
+    for name, config in {"gemma2": CONFIG, "llama": PLAIN, "mixtral": MIXTURE}.items():
         for step, program in lowered(config, mesh):
             compiled = program.compile()
             memory, text = compiled.memory_analysis(), compiled.as_text()

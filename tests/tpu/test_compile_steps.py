@@ -21,6 +21,7 @@ ROOT = SCRIPT.parents[2]
         ("v5e:2x2", "tensor:4"),
         ("v5p:2x2x1", "fsdp:4"),
         ("v6e:2x2", "data:2,fsdp:2"),
+        ("v6e:2x2", "expert:2,tensor:2"),
         ("tpu7x:2x2x1", "fsdp:2,tensor:4"),  # two devices a chip
     ],
 )
@@ -41,14 +42,21 @@ def test_steps_compile_for_every_generation(topology, mesh):
     records = list(map(json.loads, output.splitlines()))
     found = {(record["model"], record["step"]): record for record in records}
     steps = ("prefill", "decode", "train")
-    assert list(found) == [(model, step) for model in ("gemma2", "llama") for step in steps]
+    models = ("gemma2", "llama", "mixtral")
+    assert list(found) == [(model, step) for model in models for step in steps]
     kernels = {
         "prefill": ["flash_attention"],
         "decode": ["paged_decode"],
         "train": ["flash_attention", "flash_attention_keys"],
     }
-    assert all(record["kernels"] == kernels[step] for (_, step), record in found.items())
+    grouped = {"train": ["grouped_matmul", "grouped_matmul_weights"]}
+    for (model, step), record in found.items():
+        experts = grouped.get(step, ["grouped_matmul"]) if model == "mixtral" else []
+        assert record["kernels"] == sorted(kernels[step] + experts)
     if "tensor" in mesh:  # the sums of attention and feed-forward outputs
         assert all("all-reduce" in record["collectives"] for record in found.values())
+    if "expert" in mesh:
+        for step in steps:
+            assert {"all-gather", "reduce-scatter"} <= set(found["mixtral", step]["collectives"])
     if "fsdp" in mesh:  # parameters are brought together where they are used
         assert all("all-gather" in record["collectives"] for record in found.values())

@@ -12,17 +12,20 @@ from jax import lax
 
 from llm_jax.kernels.chips import RULES, ChipRule, chip_rule, device_kind
 from llm_jax.kernels.choice import Choice
+from llm_jax.kernels.grouped_matmul.loop import loop_matmul
 from llm_jax.kernels.grouped_matmul.plan import UNIT
 from llm_jax.kernels.grouped_matmul.rules import product_blocks, vmem_limit, weight_blocks
 from llm_jax.kernels.grouped_matmul.tpu import LANES, Blocks, grouped_product
 from llm_jax.kernels.grouped_matmul.tpu_weights import WeightBlocks, weights_gradient
 
-IMPLEMENTATIONS = ("pallas", "xla")
+IMPLEMENTATIONS = ("pallas", "xla", "loop")
 
 
 def choose(x: jax.Array, w: jax.Array, kind: str | None = None) -> Choice:
     """What `grouped_matmul` takes for such arrays (or shapes) on a kind of device, or on ours."""
     kind = device_kind() if kind is None else kind
+    if kind == "cpu":
+        return Choice("loop", "there is no kernel for cpu, and XLA's product costs E times the work")
     if not kind.startswith("TPU"):
         return Choice("xla", f"there is no kernel for {kind}")
     if kind not in RULES:
@@ -51,6 +54,7 @@ def grouped_matmul(
     group_sizes: jax.Array,
     *,
     scale: jax.Array | None = None,
+    layer: jax.Array | int | None = None,
     implementation: str | None = None,
     blocks: Blocks | None = None,
     gradient_blocks: tuple[Blocks, WeightBlocks] | None = None,
@@ -63,32 +67,42 @@ def grouped_matmul(
     dtype of x, or int8 with scale [E, N] float32, times which each row of w[g] is meant. Groups of any
     size, also none. Of each device's own arrays: sharding is the caller's, by `shard_map`.
 
-    Differentiable in x, and in w where it is not int8. In scale only by "xla".
+    layer: which of w [L, E, N, K] and scale [L, E, N] to take, for scans over layers: a slice of w would
+    be copied before the kernel begins.
 
-    implementation: "pallas" (TPU), "xla" (jax.lax.ragged_dot_general), or None for `choose`. blocks: of
-    the TPU kernel, gradient_blocks: of its two for the gradients of x and w; by a rule of the chip's
-    memory if not given. interpret: run the kernels on a CPU, for tests.
+    Differentiable in x, and in w where it is not int8. In scale, and in w with a layer, not by "pallas".
+
+    implementation: "pallas" (TPU), "xla" (jax.lax.ragged_dot_general), "loop" (for CPUs, see loop.py),
+    or None for `choose`. blocks: of the TPU kernel, gradient_blocks: of its two for the gradients of x
+    and w; by a rule of the chip's memory if not given. interpret: run the kernels on a CPU, for tests.
 
     Raises ValueError for arrays that do not fit each other, for an implementation that cannot run, and
-    for the gradient in scale by "pallas".
+    for a gradient that "pallas" does not have.
     """
-    _check(x, w, group_sizes, scale, implementation)
+    one = w if layer is None else jax.ShapeDtypeStruct(w.shape[1:], w.dtype)
+    if layer is not None and scale is not None:
+        scale = lax.dynamic_index_in_dim(scale, layer, keepdims=False)
+    _check(x, one, group_sizes, scale, implementation)
     if implementation is None:
-        implementation = choose(x, w).implementation
+        implementation = choose(x, one).implementation
     elif implementation == "pallas":
-        choice = _choose(x, w, chip_rule(True)) if interpret else choose(x, w)
+        choice = _choose(x, one, chip_rule(True)) if interpret else choose(x, one)
         if choice.implementation != "pallas":
             raise ValueError(f"implementation='pallas': {choice.reason}; take 'xla' or None")
     sizes = group_sizes.astype(jnp.int32)
     if implementation == "xla":
-        return _by_xla(x, w, sizes, scale)
+        return _by_xla(x, w if layer is None else w[layer], sizes, scale)
+    first = jnp.asarray(0 if layer is None else layer, jnp.int32) * one.shape[0]
+    w = w.reshape(-1, *one.shape[1:])  # of all layers, one after the other; nothing moves
+    if implementation == "loop":
+        return loop_matmul(x, w, sizes, scale, first)
     rule = chip_rule(interpret)
-    forward, backward, weights = _blocks_by_rule(rule, x, w)
+    forward, backward, weights = _blocks_by_rule(rule, x, one)
     backward, weights = gradient_blocks or (backward, weights)
     spec = _Spec(blocks or forward, backward, weights, rule.cores, vmem_limit(rule), interpret)
     rows = x.shape[0]
     x = jnp.pad(x, ((0, -rows % UNIT), (0, 0)))
-    out: jax.Array = _grouped(spec, x, w, sizes, scale)
+    out: jax.Array = _grouped(spec, x, w, sizes, scale, first)
     return out[:rows]
 
 
@@ -113,13 +127,14 @@ class _Spec:
     vmem_limit: int
     interpret: bool
 
-    def product(self, x, w, sizes, scale, axis: int) -> jax.Array:
+    def product(self, x, w, sizes, scale, first, axis: int) -> jax.Array:
         """`tpu.grouped_product` over this axis of w."""
         return grouped_product(
             x,
             w,
             sizes,
             scale,
+            first,
             axis=axis,
             blocks=self.blocks if axis == 2 else self.backward,
             cores=self.cores,
@@ -129,24 +144,26 @@ class _Spec:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped(spec: _Spec, x, w, sizes, scale):
-    return spec.product(x, w, sizes, scale, 2)
+def _grouped(spec: _Spec, x, w, sizes, scale, first):
+    return spec.product(x, w, sizes, scale, first, 2)
 
 
-def _grouped_forward(spec: _Spec, x, w, sizes, scale):
+def _grouped_forward(spec: _Spec, x, w, sizes, scale, first):
     if scale is not None and scale.perturbed:
         raise ValueError(
             "scale: 'pallas' has no gradient for it; take jax.lax.stop_gradient(scale), or 'xla'"
         )
-    x, w, sizes, scale = (None if a is None else a.value for a in (x, w, sizes, scale))
-    return spec.product(x, w, sizes, scale, 2), (x, w, sizes, scale)
+    if w.perturbed and w.value.shape[0] != sizes.value.shape[0]:
+        raise ValueError("w: 'pallas' has no gradient for it with a layer; take w[layer] without one")
+    x, w, sizes, scale, first = (None if a is None else a.value for a in (x, w, sizes, scale, first))
+    return spec.product(x, w, sizes, scale, first, 2), (x, w, sizes, scale, first)
 
 
 def _grouped_backward(spec: _Spec, saved, grad):
-    x, w, sizes, scale = saved
-    of_x = spec.product(grad, w, sizes, scale, 1)
+    x, w, sizes, scale, first = saved
+    of_x = spec.product(grad, w, sizes, scale, first, 1)
     of_w = None
-    if w.dtype == x.dtype:
+    if w.dtype == x.dtype and w.shape[0] == sizes.shape[0]:
         of_w = weights_gradient(
             grad,
             x,
@@ -156,7 +173,7 @@ def _grouped_backward(spec: _Spec, saved, grad):
             vmem_limit=spec.vmem_limit,
             interpret=spec.interpret,
         )
-    return of_x, of_w, None, None
+    return of_x, of_w, None, None, None
 
 
 _grouped.defvjp(_grouped_forward, _grouped_backward, symbolic_zeros=True)

@@ -55,8 +55,9 @@ class _Refs(NamedTuple):
 
     core: Any  # which one this is
     sizes: Any  # SMEM [E]
+    base: Any  # SMEM [1], where the matrices of the groups begin in w
     x: Any  # HBM [M, D]
-    w: Any  # HBM [E, C, D] or [E, D, C]
+    w: Any  # HBM [W, C, D] or [W, D, C]
     scale: Any  # None; VMEM [E, C], of columns, or [E, D], of the depth
     out: Any  # HBM [M, C]
     visits: Visits
@@ -75,6 +76,7 @@ def grouped_product(
     w: jax.Array,
     group_sizes: jax.Array,
     scale: jax.Array | None,
+    base: jax.Array,
     *,
     axis: int,
     blocks: Blocks,
@@ -84,11 +86,12 @@ def grouped_product(
 ) -> jax.Array:
     """out [M, C] in the dtype of x: rows of x times the matrix of their group; 0 for rows of none.
 
-    x [M, D], M a multiple of 16; w [E, C, D] with axis = 2 or [E, D, C] with axis = 1, in the dtype of x
-    or int8; scale [E, w.shape[1]] float32 times each of that axis of w, or None. D and C: multiples of
-    128. axis: of w, that is summed over. cores: that share the columns.
+    x [M, D], M a multiple of 16; w [W, C, D] with axis = 2 or [W, D, C] with axis = 1, in the dtype of x
+    or int8, of which those of the E groups are the ones from base [] on; scale [E, w.shape[1]] float32
+    times each of that axis of w, or None. D and C: multiples of 128. axis: of w, that is summed over.
+    cores: that share the columns.
     """
-    (rows, depth), groups, columns = x.shape, w.shape[0], w.shape[3 - axis]
+    (rows, depth), groups, columns = x.shape, group_sizes.shape[0], w.shape[3 - axis]
     tiles = -(-columns // (blocks.columns * cores))
     tile = (blocks.columns, depth) if axis == 2 else (depth, blocks.columns)
     most = most_visits(rows, groups + 1, blocks.rows)
@@ -100,7 +103,7 @@ def grouped_product(
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=2,
             grid=(cores,),
             in_specs=[anywhere, anywhere, *(pl.BlockSpec(memory_space=pltpu.VMEM) for _ in scales)],
             out_specs=anywhere,
@@ -122,19 +125,20 @@ def grouped_product(
         ),
         interpret=interpret,
         name="grouped_matmul",
-    )(group_sizes, x, w, *scales)
+    )(group_sizes, base[None], x, w, *scales)
 
 
 def _kernel(*refs, axis: int, blocks: Blocks, scaled: bool, wide: bool):
     """All visits, with a core's share of the columns."""
     left = list(refs)
-    sizes, x, w = (left.pop(0) for _ in range(3))
+    sizes, base, x, w = (left.pop(0) for _ in range(4))
     scale = left.pop(0) if scaled else None
     out, *fields = (left.pop(0) for _ in range(1 + len(Visits._fields)))
     of_x, of_w, of_out, shared, *done = (left.pop(0) for _ in range(7))
     widened = left.pop(0) if wide else None
     core = pl.program_id(0)
-    r = _Refs(core, sizes, x, w, scale, out, Visits(*fields), of_x, of_w, widened, of_out, shared, *done)
+    given = (core, sizes, base, x, w, scale, out)
+    r = _Refs(*given, Visits(*fields), of_x, of_w, widened, of_out, shared, *done)
     tiles = r.shared.shape[0]
     count = write_visits(r.sizes, r.visits, x.shape[0], blocks.rows)
 
@@ -206,7 +210,7 @@ def _rows_in(r: _Refs, count, act, v):
         source = r.x.at[pl.ds(pl.multiple_of(first + at, UNIT), size)]
         act(pltpu.make_async_copy(source, r.x_buf.at[slot, pl.ds(at, size)], r.x_done.at[slot]))
 
-    live = (v < count) & (r.visits.group[inside] < r.w.shape[0])
+    live = (v < count) & (r.visits.group[inside] < r.sizes.shape[0])
     pl.when(live)(lambda: each_piece(up(r.visits.end[inside], UNIT), _most(r), one))
 
 
@@ -228,9 +232,10 @@ def _weights_in(r: _Refs, count, axis: int, act, q):
     at, slot = _columns(r, q - v * r.shared.shape[0]), q % r.w_buf.shape[0]
     group = r.visits.group[jnp.minimum(v, count - 1)]
 
-    @pl.when((v < count) & (group < r.w.shape[0]))
+    @pl.when((v < count) & (group < r.sizes.shape[0]))
     def _():
-        source = r.w.at[group, at] if axis == 2 else r.w.at[group, :, at]
+        matrix = r.base[0] + group
+        source = r.w.at[matrix, at] if axis == 2 else r.w.at[matrix, :, at]
         act(pltpu.make_async_copy(source, r.w_buf.at[slot], r.w_done.at[slot]))
 
 
@@ -256,7 +261,9 @@ def _scale_rows(r: _Refs, v):
         x = r.x_buf[slot, at].astype(jnp.float32) * r.scale[pl.ds(group, 1)]
         r.x_buf[slot, at] = x.astype(r.x_buf.dtype)
 
-    pl.when(group < r.w.shape[0])(lambda: lax.fori_loop(0, up(r.visits.end[v], UNIT) // UNIT, one, None))
+    pl.when(group < r.sizes.shape[0])(
+        lambda: lax.fori_loop(0, up(r.visits.end[v], UNIT) // UNIT, one, None)
+    )
 
 
 def _compute(r: _Refs, v, n, q, axis: int, blocks: Blocks):
@@ -265,7 +272,7 @@ def _compute(r: _Refs, v, n, q, axis: int, blocks: Blocks):
     out, x = r.out_buf.at[q % 2], r.x_buf.at[v % r.x_buf.shape[0]]
     w = r.w_buf.at[q % r.w_buf.shape[0]]
 
-    @pl.when(group < r.w.shape[0])
+    @pl.when(group < r.sizes.shape[0])
     def _():
         def rows(weights, first, size):
             at = pl.ds(pl.multiple_of(first, UNIT), size)
@@ -288,7 +295,7 @@ def _compute(r: _Refs, v, n, q, axis: int, blocks: Blocks):
             passes = blocks.passes[1:] if few and blocks.passes[1:] else blocks.passes
             each_pass(end, passes, functools.partial(rows, r.wide))
 
-    @pl.when(group == r.w.shape[0])
+    @pl.when(group == r.sizes.shape[0])
     def _():
         def zeros(i, _):
             out[pl.ds(pl.multiple_of(i * UNIT, UNIT), UNIT)] = jnp.zeros((UNIT, out.shape[1]), out.dtype)
