@@ -2,7 +2,7 @@
 
     python tests/tpu/compile_steps.py TOPOLOGY MESH        e.g. v5e:2x2 data:1,tensor:4
 
-libtpu compiles on any machine. Prints one JSON object per step of three models: `model`, `step`,
+libtpu compiles on any machine. Prints one JSON object per step of three models (of a mesh with stages its train step alone): `model`, `step`,
 `argument_bytes` and `temp_bytes` (of one device), `collectives` and Pallas `kernels` (names in the final
 program).
 """
@@ -67,12 +67,18 @@ MIXTURE = dataclasses.replace(PLAIN, family="mixtral", num_experts=8, experts_pe
 
 def lowered(config: ModelConfig, mesh):
     """(step, what to compile) of one model."""
+    if mesh.shape["stage"] == 1:
+        yield from lowered_generation(config, mesh)
+    yield "train", lowered_training(config, mesh)
+
+
+def lowered_generation(config: ModelConfig, mesh):
+    """("prefill" and "decode", what to compile)."""
     model, whole = describe(config), replicated(mesh)
     params = jax.tree.map(_placed, model.shapes, model.shardings(mesh))
     cache = abstract_cache(model.config, BATCH, CACHE, mesh)
-    rows = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, shape))  # noqa: E731
     with jax.set_mesh(mesh):
-        tokens, lengths = rows((BATCH, PROMPT)), rows((BATCH,))
+        tokens, lengths = _rows(mesh, BATCH, PROMPT), _rows(mesh, BATCH)
         yield "prefill", make_prefill(model).lower(params, cache, tokens, lengths)
 
     ids = [[1, 2, 3]] * BATCH
@@ -91,12 +97,20 @@ def lowered(config: ModelConfig, mesh):
     with jax.set_mesh(mesh):
         yield "decode", make_decode(model, features, 8).lower(params, cache, state, steps)
 
+
+def lowered_training(config: ModelConfig, mesh):
+    """The train step."""
     master = describe(dataclasses.replace(config, param_dtype="float32"))
     optimizer = make_optimizer(OptimConfig(learning_rate=1e-3), master, 100)
-    batch = {k: rows((BATCH, PROMPT)) for k in ("tokens", "targets", "segment_ids", "positions")}
+    batch = {k: _rows(mesh, BATCH, PROMPT) for k in ("tokens", "targets", "segment_ids", "positions")}
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = make_train_step(master, lm_loss, optimizer, mesh)
-    yield "train", step.lower(abstract_state(master, optimizer, mesh), batch, _placed(key, whole))
+    state = abstract_state(master, optimizer, mesh)
+    return step.lower(state, batch, _placed(key, replicated(mesh)))
+
+
+def _rows(mesh, *shape):
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, shape))
 
 
 def _placed(x, sharding):
