@@ -98,7 +98,7 @@ class ModelConfig:
     # What a layer keeps for its backward pass, which computes the rest again: "none" = everything;
     # "dots" = the results of all products; "dots_no_batch" = of those with weights; "full" = its input
     remat: str = "none"
-    # Into how many parts a mesh with `stage` cuts a batch, a multiple of the stages; 0 = as many as stages
+    # Into how many parts a mesh with stages cuts a batch, a multiple of them; 0 = as many as stages
     microbatches: int = 0
     # "auto" = kernels on TPUs and GPUs where they serve; "pallas" = those or an error; "xla" = none
     attention: str = "auto"

@@ -18,6 +18,7 @@ so these are gathered when they enter, and the last stage deals them out again.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,9 +26,16 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.ops.attention import FullContext
-from llm_jax.sharding import data_shards, on_stages, shard, stages
+from llm_jax.sharding import data_shards, on_shards, on_stages, shard, stages
 
 AXIS = "stage"
+AXES = {  # of what a microbatch has, all of which passes from stage to stage
+    "x": ("batch", "seq", "embed"),
+    "positions": ("batch", "seq"),
+    "segment_ids": ("batch", "seq"),
+    "routing": ("batch", None),
+}
+Rows = dict[str, Any]  # by those names
 Layers = Callable[[Any, jax.Array, jax.Array, FullContext], tuple[jax.Array, FullContext]]
 
 
@@ -45,13 +53,15 @@ def through_stages(
             f"{type(context).__name__}; take fsdp or tensor in place of stage"
         )
     count = _checked(len(x), microbatches)
-    rows = (x, positions, context.segment_ids, context.routing)
+    segments, routing = context.segment_ids, context.routing
+    rows = {"x": x, "positions": positions, "segment_ids": segments, "routing": routing}
 
     def on_stage(layers, rows, key):
         return _pipeline(run, layers, rows, key, count)
 
-    x, routing = on_stages(on_stage, (True, True, False))(layers, rows, context.dropout_key)
-    return shard(x, "batch", "seq", "embed"), dataclasses.replace(context, routing=routing)
+    done = on_stages(on_stage, (True, True, False))(layers, rows, context.dropout_key)
+    context = dataclasses.replace(context, routing=done["routing"])
+    return shard(done["x"], *AXES["x"]), context
 
 
 def _checked(rows: int, microbatches: int) -> int:
@@ -71,41 +81,47 @@ def _checked(rows: int, microbatches: int) -> int:
     return count
 
 
-def _pipeline(run: Layers, layers: Any, rows: Any, key: jax.Array | None, count: int) -> Any:
-    """What one stage does. rows: its share [B / S, ...] of each array -> the same of x and routing."""
+def _pipeline(run: Layers, layers: Any, rows: Rows, key: jax.Array | None, count: int) -> Rows:
+    """What one stage does. rows: its share [B / S, ...] of each -> the same of x and routing."""
     size, stage = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
     to_next = [(i, i + 1) for i in range(size - 1)]
-    parts = jax.tree.map(lambda a: _gather(a, count), rows)
+    parts = _on_rows(functools.partial(_gather, count), jax.tree.map(lambda a: a[None], rows))
 
     def tick(held, number):
         fresh = jax.tree.map(lambda a: a[jnp.minimum(number, count - 1)], parts)
         held = jax.tree.map(lambda new, old: jnp.where(stage == 0, new, old), fresh, held)
-        x, positions, segments, routing = held
         own = None if key is None else jax.random.fold_in(key, number - stage + size)
-        x, context = run(layers, x, positions, FullContext(segments, own, routing))
-        done = (x, positions, segments, context.routing)
-        return jax.tree.map(lambda a: jax.lax.ppermute(a, AXIS, to_next), done), (x, context.routing)
+        context = FullContext(held["segment_ids"], own, held["routing"])
+        x, context = run(layers, held["x"], held["positions"], context)
+        done = {"x": x, "routing": context.routing}
+        return jax.tree.map(lambda a: jax.lax.ppermute(a, AXIS, to_next), held | done), done
 
     # Stages begin with rows of the batch and not with zeros, so that no tick can make a NaN of its own.
     first = jax.tree.map(lambda a: a[0], parts)
-    _, results = jax.lax.scan(tick, first, jnp.arange(count + size - 1))
-    return jax.tree.map(lambda a: _deal(a[size - 1 :], stage == size - 1), results)
+    _, done = jax.lax.scan(tick, first, jnp.arange(count + size - 1))
+    last = jax.tree.map(lambda a: jnp.where(stage == size - 1, a[size - 1 :], 0), done)
+    return jax.tree.map(lambda a: a[0], _on_rows(_deal, last))
 
 
-def _gather(x: jax.Array, count: int) -> jax.Array:
-    """[B / S, ...] of each stage -> [M, B / M, ...] on each. Part i of k of a stage has its rows i, i + k,
-    ..., so that they stay on their data shard.
+def _on_rows(move: Callable[[jax.Array], jax.Array], rows: Rows) -> Rows:
+    """`move` of each array [?, rows, ...], on each device's own rows of it.
+
+    By hand, because XLA would first gather all rows over the data axes.
     """
-    x = jax.lax.all_gather(x, AXIS)
-    x = x.reshape(len(x), -1, count // len(x), *x.shape[2:]).swapaxes(1, 2)
-    x = x.reshape(count, -1, *x.shape[3:])
-    names = ("seq", "embed") if x.ndim == 4 else (None,) * (x.ndim - 2)
-    return shard(x, None, "batch", *names)
+
+    def moved(axes, x):
+        return on_shards(lambda x: (move(x),), [(None, *axes)], out_like=(0,))(x)[0]
+
+    return {name: jax.tree.map(functools.partial(moved, AXES[name]), x) for name, x in rows.items()}
 
 
-def _deal(x: jax.Array, here: jax.Array) -> jax.Array:
-    """[M, B / M, ...] of the stage that is `here` -> [B / S, ...] of each."""
-    size = jax.lax.axis_size(AXIS)
-    x = jnp.where(here, x, jnp.zeros_like(x))
-    x = jax.lax.psum_scatter(x.reshape(size, -1, *x.shape[1:]), AXIS)
-    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+def _gather(count: int, x: jax.Array) -> jax.Array:
+    """[1, rows, ...] of each stage -> [M, rows S / M, ...] on each."""
+    x = jax.lax.all_gather(x[0], AXIS, tiled=True)
+    return x.reshape(count, -1, *x.shape[1:])
+
+
+def _deal(x: jax.Array) -> jax.Array:
+    """[M, rows S / M, ...], zeros on all stages but one -> [1, rows, ...] of each."""
+    x = x.reshape(-1, *x.shape[2:])
+    return jax.lax.psum_scatter(x, AXIS, tiled=True)[None]

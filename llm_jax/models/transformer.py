@@ -142,7 +142,7 @@ class Transformer(nnx.Module):
         return self.span(hidden)
 
     def _through_layers(self, x: jax.Array, positions: jax.Array, context: Any) -> tuple[jax.Array, Any]:
-        """x [B, T, D] -> [B, T, D], context: blocks one after the other, scanned, or scanned in stages."""
+        """x [B, T, D] -> [B, T, D], context; blocks one by one, scanned, or scanned in stages."""
         graphdef, layers = nnx.split(self.layers)
         layers, windows = nnx.to_pure_dict(layers), self.cfg.layer_windows
 

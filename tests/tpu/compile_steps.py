@@ -2,9 +2,9 @@
 
     python tests/tpu/compile_steps.py TOPOLOGY MESH        e.g. v5e:2x2 data:1,tensor:4
 
-libtpu compiles on any machine. Prints one JSON object per step of three models (of a mesh with stages its train step alone): `model`, `step`,
+libtpu compiles on any machine. Prints one JSON object per step of three models: `model`, `step`,
 `argument_bytes` and `temp_bytes` (of one device), `collectives` and Pallas `kernels` (names in the final
-program).
+program). A mesh with stages has a train step alone.
 """
 
 import dataclasses
