@@ -188,8 +188,8 @@ def stages() -> int:
 
 
 def on_stages(fn: Callable, split: Sequence[bool]) -> Callable:
-    """`fn` run by each stage, with its part of the arguments that are `split` (trees, by their first axis)
-    and all of the others. Its results are parts as well, joined by their first axis.
+    """`fn` run by each stage: with its part of the arguments (trees) that are `split` by their first
+    axis, and all of the others. Its results are parts as well, joined by their first axis.
 
     Only `stage` is taken from the mesh: inside, the other axes split arrays as they do outside.
     """

