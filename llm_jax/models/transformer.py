@@ -62,9 +62,9 @@ class Block(nnx.Module):
         h, context = tap(context, "attn_out", h, layer)
         x = self._add(x, context.dropout(h, self.rate, layer, 0), self.attn_post_norm)
         h = x if self.mlp_norm is None else self.mlp_norm(x)
-        if self.mlp is None:
+        if self.moe is not None:
             h, context = self.moe(h, context, layer)
-        else:
+        elif self.mlp is not None:
             h = self.mlp(h)
         h, context = tap(context, "mlp_out", h, layer)
         x = self._add(x, context.dropout(h, self.rate, layer, 1), self.mlp_post_norm)

@@ -111,10 +111,19 @@ def _through_experts(x, weights, experts, matrices: ExpertMatrices, activation) 
         return grouped_matmul(rows, matrix, sizes, layer=matrices.layer)
 
     rows = _spread(chosen, x, order, places)
-    inner = activation(product(rows, matrices.gate)) * product(rows, matrices.up)
-    # Weighted here and not in the sum, because elements are multiplied here anyway.
-    inner = (inner.astype(jnp.float32) * weights.reshape(-1)[order][:, None]).astype(x.dtype)
+    given = product(rows, matrices.gate), product(rows, matrices.up), weights.reshape(-1)[order]
+    inner = _gated(activation, *given)
     return _collect(chosen, product(inner, matrices.down), order, places)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)  # keeps what goes in alone
+def _gated(activation, gate, up, weights) -> jax.Array:
+    """gate and up [N K, F], weights [N K] float32 -> activation(gate) up, weighted, [N K, F].
+
+    Weighted here and not in the sum, because elements are multiplied here anyway.
+    """
+    inner = (activation(gate) * up).astype(jnp.float32)
+    return (inner * weights[:, None]).astype(gate.dtype)
 
 
 # Each is the other's transpose, and both gather rows: a gradient by default would scatter them.

@@ -189,8 +189,12 @@ def _adafactor(_: OptimConfig, model: Trainable) -> optax.GradientTransformation
         optax.scale_by_param_block_rms(),
     )
     each_layer = optax.GradientTransformation(jax.vmap(rule.init), jax.vmap(rule.update))
-    labels = jax.tree.map(lambda a: "layers" if "layers" in a else "others", model.axes, is_leaf=is_axes)
-    rules = {"layers": each_layer, "others": rule}
+
+    def label(axes: tuple[str, ...]) -> str:
+        return next((name for name in ("experts", "layers") if name in axes), "others")
+
+    labels = jax.tree.map(label, model.axes, is_leaf=is_axes)
+    rules = {"experts": each_layer, "layers": each_layer, "others": rule}
     parts = optax.partition({name: rules[name] for name in set(jax.tree.leaves(labels))}, labels)
 
     def matrix(

@@ -57,7 +57,7 @@ def test_steps_compile_for_every_generation(topology, mesh):
     if "tensor" in mesh:  # the sums of attention and feed-forward outputs
         assert all("all-reduce" in record["collectives"] for record in found.values())
     if "expert" in mesh:
-        for step in steps:
+        for step in ("prefill", "train"):  # in a decode step so small a sum is an all-reduce
             assert {"all-gather", "reduce-scatter"} <= set(found["mixtral", step]["collectives"])
     if "stage" in mesh:  # activations go from stage to stage
         assert all("collective-permute" in record["collectives"] for record in found.values())
