@@ -180,8 +180,8 @@ def to_device(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
     rows = len(next(iter(batch.values()))) * hosts
     if hosts > 1 and (shards % hosts or rows % shards):
         raise ValueError(
-            f"batch of {rows} rows over {shards} data shards and {hosts} hosts: expected data * fsdp "
-            "to be a multiple of the hosts, and the batch of data * fsdp"
+            f"batch of {rows} rows over {shards} data shards and {hosts} hosts: expected "
+            f"{' * '.join(sharding.DATA_AXES)} to be a multiple of the hosts, and the batch of that"
         )
 
     def place(values: np.ndarray) -> jax.Array:
