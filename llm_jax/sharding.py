@@ -2,7 +2,7 @@
 
 Parameters and activations name their dimensions by meaning ("embed", "heads", "batch", ...). Two
 tables say which mesh axis, if any, splits each name. A dimension that its mesh axis does not divide
-is kept whole on every device of that axis, and that is logged once.
+is kept whole on every device of that axis, and that is logged once; only layers must fit their stages.
 """
 
 import functools
@@ -22,14 +22,15 @@ from llm_jax.config import nearest
 
 logger = logging.getLogger(__name__)
 
-MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
-DATA_AXES = ("data", "fsdp", "expert")  # split the batch; `expert` is one more of them to dense layers
+MESH_AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
+# Split the batch. `expert` is one more of them to dense layers, `stage` to what is outside of layers.
+DATA_AXES = ("stage", "data", "fsdp", "expert")
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
 # Where the parameters live. "embed" over fsdp: each data-parallel group holds a part of every matrix.
 PARAMS: Rules = {
-    "layers": None,
+    "layers": "stage",
     "embed": "fsdp",
     "embed_out": None,  # second width of a square matrix
     "vocab": "tensor",
@@ -46,8 +47,8 @@ PARAMS: Rules = {
     "lora": None,
     "classes": None,
 }
-# Where the activations and caches live: the batch over all data axes, its tokens over context, heads and
-# mlp over tensor. Caches and what attends to them have every token ("slots") on each device.
+# Where the activations and caches live: the batch over all data axes, its tokens over context, heads
+# and mlp over tensor. Caches and what attends to them have every token ("slots") on each device.
 COMPUTE: Rules = {
     "layers": None,
     "batch": DATA_AXES,
@@ -81,7 +82,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def make_mesh(shape: Mapping[str, int] | str = "", devices: Sequence | None = None) -> Mesh:
-    """Mesh with axes data, fsdp, expert, context, tensor over the first devices that the shape needs.
+    """Mesh with the axes of `MESH_AXES` over the first devices that the shape needs.
 
     Sizes not named are 1; one may be -1 and takes the devices that are left. Raises ValueError
     when the sizes do not fit the devices there are, or leave some of several processes without any.
@@ -173,6 +174,8 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
 def on_shards(fn: Callable, in_axes: Sequence[tuple], out_like: Sequence[int]) -> Callable:
     """`fn` run on each device's own part of its arguments (shard_map); as it is where no mesh is set.
 
+    Inside of `on_stages` the arguments are those of a stage, of which each of its devices has a part.
+
     in_axes: logical axes of each argument. out_like: for each result, the argument it is split like.
     """
 
@@ -182,7 +185,9 @@ def on_shards(fn: Callable, in_axes: Sequence[tuple], out_like: Sequence[int]) -
             return fn(*args)
         specs = [spec(axes, COMPUTE, x.shape, mesh) for axes, x in zip(in_axes, args, strict=True)]
         outs = tuple(specs[i] for i in out_like)
-        return jax.shard_map(fn, in_specs=tuple(specs), out_specs=outs, check_vma=False)(*args)
+        rest = set(mesh.axis_names) - set(mesh.manual_axes)
+        how = {"in_specs": tuple(specs), "out_specs": outs, "axis_names": rest}
+        return jax.shard_map(fn, **how, check_vma=False)(*args)
 
     return run
 
@@ -194,6 +199,23 @@ def splits(axis: str, name: str, size: int) -> bool:
         return False
     target = _mesh_axis(name, COMPUTE, size, mesh)
     return axis in ((target,) if isinstance(target, str) else target or ())
+
+
+def stages() -> int:
+    """In how many stages the mesh that is set has the layers; 1 = in one, or this is inside of one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or "stage" in mesh.manual_axes else mesh.shape["stage"]
+
+
+def on_stages(fn: Callable, split: Sequence[bool]) -> Callable:
+    """`fn` run by each stage: with its part of the arguments (trees) that are `split` by their first
+    axis, and all of the others. Its results are parts as well, joined by their first axis.
+
+    Only `stage` is taken from the mesh: inside, the other axes split arrays as they do outside.
+    """
+    specs = tuple(PartitionSpec("stage") if part else PartitionSpec() for part in split)
+    how = {"in_specs": specs, "out_specs": PartitionSpec("stage"), "axis_names": {"stage"}}
+    return jax.shard_map(fn, **how, check_vma=False)
 
 
 def sequence_shards(tokens: int) -> int:
@@ -277,12 +299,18 @@ def _mesh_axis(name: str | None, rules: Rules, size: int, mesh: Any) -> str | tu
     if name not in rules:
         raise ValueError(f"logical axis {name!r} has no sharding rule{nearest(name, rules)}")
     target = rules[name]
+    if isinstance(target, tuple):
+        target = tuple(axis for axis in target if axis not in mesh.manual_axes)
     if target is None:
         return None
     parts = math.prod(mesh.shape[a] for a in ((target,) if isinstance(target, str) else target))
     if parts == 1:
         return None
     if size % parts:
+        if target == "stage":
+            raise ValueError(
+                f"num_layers={size}: expected a multiple of the stages of --mesh, stage:{parts}"
+            )
         if size > 1 and (name, size, parts) not in _reported:
             _reported.add((name, size, parts))
             logger.warning(

@@ -98,6 +98,8 @@ class ModelConfig:
     # What a layer keeps for its backward pass, which computes the rest again: "none" = everything;
     # "dots" = the results of all products; "dots_no_batch" = of those with weights; "full" = its input
     remat: str = "none"
+    # Into how many parts a mesh with stages cuts a batch, a multiple of them; 0 = as many as stages
+    microbatches: int = 0
     # "auto" = kernels on TPUs and GPUs where they serve; "pallas" = those or an error; "xla" = none
     attention: str = "auto"
     # Dtypes: "" = float32 on CPU, bfloat16 on TPU and GPU (see `with_dtypes`)
@@ -118,6 +120,7 @@ class ModelConfig:
         choice("pooling", self.pooling, ("cls", "mean", "max", "last"))
         choice("attention", self.attention, ("auto", "pallas", "xla"))
         choice("remat", self.remat, ("none", "dots", "dots_no_batch", "full"))
+        require(self.microbatches >= 0, "microbatches", self.microbatches, "0, or a positive number")
         for name in ("param_dtype", "compute_dtype", "cache_dtype"):
             choice(name, getattr(self, name), ("", "float32", "bfloat16", "float16"))
         require(

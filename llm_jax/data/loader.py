@@ -182,7 +182,7 @@ def to_device(batch: Batch, mesh: Mesh) -> dict[str, jax.Array]:
     if hosts > 1 and rows % shards:
         raise ValueError(
             f"batch of {rows} rows over {shards} data shards and {hosts} hosts: expected a multiple of "
-            "data * fsdp"
+            f"{' * '.join(sharding.DATA_AXES)}"
         )
 
     def place(values: np.ndarray) -> jax.Array:

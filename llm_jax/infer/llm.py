@@ -86,6 +86,7 @@ class LLM:
         steps_per_dispatch: int = 8,
         seed: int = 0,
     ):
+        mesh = _inference_mesh(mesh)
         directory = resolve(str(model)) if model is not None else demo_model()
         config = load_config(directory)
         if config.head != "lm" or not config.causal:
@@ -101,7 +102,6 @@ class LLM:
             cache_dtype=cache_dtype or dtype,
             attention=attention,
         )
-        mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
         described = describe(config)
         params = load_hf(directory, described, mesh, scheme=scheme)
         self._setup(
@@ -123,7 +123,7 @@ class LLM:
     ) -> "LLM":
         """From parameters at hand, e.g. those being trained; without a tokenizer, prompts are ids."""
         self = cls.__new__(cls)
-        mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
+        mesh = _inference_mesh(mesh)
         self._setup(model, params, mesh, tokenizer, max_batch, steps_per_dispatch, seed)
         self.generation_config = {}
         return self
@@ -449,6 +449,17 @@ def _check_streams(requests: Sequence[SamplingParams]) -> None:
                 f"SamplingParams.best_of is {request.best_of}: what is chosen at the end cannot stream; "
                 "use None"
             )
+
+
+def _inference_mesh(mesh: Mesh | str) -> Mesh:
+    """The mesh, or that of a description; ValueError where it has the layers in stages."""
+    mesh = mesh if isinstance(mesh, Mesh) else make_mesh(mesh)
+    if mesh.shape["stage"] > 1:
+        raise ValueError(
+            f"--mesh has stage={mesh.shape['stage']}: stages are for training and cannot generate; "
+            "take tensor or fsdp in place of stage"
+        )
+    return mesh
 
 
 def _text_of(prompt: Any) -> str | None:

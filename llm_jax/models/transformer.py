@@ -24,11 +24,12 @@ from llm_jax.config import ModelConfig
 from llm_jax.models.heads import ClassifierHead, LMHead, Pooler, SpanHead, fold_parts, pool
 from llm_jax.models.layers import MLP, Attention, Embed, NgramEmbed, Norm
 from llm_jax.models.moe import MoE, hold_matrices, lend_matrices
+from llm_jax.models.pipeline import through_stages
 from llm_jax.ops.attention import AttentionContext
 from llm_jax.ops.quantized import scannable
 from llm_jax.ops.rope import frequencies, rotary_tables
 from llm_jax.ops.tap_context import tap
-from llm_jax.sharding import shard
+from llm_jax.sharding import shard, stages
 from llm_jax.tree import is_per_layer
 
 Context = TypeVar("Context", bound=AttentionContext)
@@ -110,37 +111,7 @@ class Transformer(nnx.Module):
             x += self.ngrams(tokens, positions, context)
         x = context.dropout(shard(x, "batch", "seq", "embed"), self.cfg.dropout, 0, 2)
         x, context = tap(context, "embed", x, 0)
-        graphdef, layers = nnx.split(self.layers)
-        layers = nnx.to_pure_dict(layers)
-        tables = self._rotary(positions)
-        windows = self.cfg.layer_windows
-
-        def block(x, context, params, layer, window):
-            rotary = None if tables is None else _choose(tables, window)
-            run: Any = nnx.merge(graphdef, params)
-            return run(x, positions, rotary, context, layer, window)
-
-        if is_per_layer(jax.tree.leaves(layers, is_leaf=is_per_layer)[0]):
-            run_block = block
-            if self.cfg.remat != "none":
-                run_block = jax.checkpoint(block, policy=REMAT[self.cfg.remat], static_argnums=(3, 4))
-            for i, window in enumerate(windows):
-                params = jax.tree.map(lambda p, i=i: p[i], layers, is_leaf=is_per_layer)
-                x, context = run_block(x, context, params, i, window)
-        else:
-            window = windows[0] if len(set(windows)) == 1 else None
-            layers, held = hold_matrices(layers, context, self.cfg.compute_dtype)
-            sliced, of_layer = scannable(layers)
-
-            def body(carry, per_layer):
-                slices, layer, varying = per_layer
-                params = lend_matrices(of_layer(slices, layer), held, layer)
-                return block(*carry, params, layer, varying if window is None else window), None
-
-            if self.cfg.remat != "none":
-                body = jax.checkpoint(body, policy=REMAT[self.cfg.remat], prevent_cse=False)
-            scanned = (sliced, jnp.arange(len(windows)), jnp.asarray(windows, jnp.int32))
-            (x, context), _ = jax.lax.scan(body, (x, context), scanned)
+        x, context = self._through_layers(x, positions, context)
         return tap(context, "final", x if self.norm is None else self.norm(x), 0)
 
     def unembed(self, hidden: jax.Array) -> jax.Array:
@@ -170,6 +141,52 @@ class Transformer(nnx.Module):
         if self.span is None:
             raise ValueError(f"head={self.cfg.head!r} finds no answers; expected 'span'")
         return self.span(hidden)
+
+    def _through_layers(self, x: jax.Array, positions: jax.Array, context: Any) -> tuple[jax.Array, Any]:
+        """x [B, T, D] -> [B, T, D], context; blocks one by one, scanned, or scanned in stages."""
+        graphdef, layers = nnx.split(self.layers)
+        layers, windows = nnx.to_pure_dict(layers), self.cfg.layer_windows
+
+        def block_at(positions):
+            tables = self._rotary(positions)
+
+            def block(x, context, params, layer, window):
+                rotary = None if tables is None else _choose(tables, window)
+                run: Any = nnx.merge(graphdef, params)
+                return run(x, positions, rotary, context, layer, window)
+
+            return block
+
+        if is_per_layer(jax.tree.leaves(layers, is_leaf=is_per_layer)[0]):
+            run_block = block_at(positions)
+            if self.cfg.remat != "none":
+                run_block = jax.checkpoint(
+                    run_block, policy=REMAT[self.cfg.remat], static_argnums=(3, 4)
+                )
+            for i, window in enumerate(windows):
+                params = jax.tree.map(lambda p, i=i: p[i], layers, is_leaf=is_per_layer)
+                x, context = run_block(x, context, params, i, window)
+            return x, context
+        window = windows[0] if len(set(windows)) == 1 else None
+        layers, held = hold_matrices(layers, context, self.cfg.compute_dtype)
+        sliced, of_layer = scannable(layers)
+
+        def scan(scanned, x, positions, context):
+            block = block_at(positions)
+
+            def body(carry, per_layer):
+                slices, layer, varying = per_layer
+                params = lend_matrices(of_layer(slices, layer), held, layer)
+                return block(*carry, params, layer, varying if window is None else window), None
+
+            if self.cfg.remat != "none":
+                body = jax.checkpoint(body, policy=REMAT[self.cfg.remat], prevent_cse=False)
+            return jax.lax.scan(body, (x, context), scanned)[0]
+
+        scanned = (sliced, jnp.arange(len(windows)), jnp.asarray(windows, jnp.int32))
+        if stages() > 1:
+            return through_stages(scan, scanned, x, positions, context, self.cfg.microbatches)
+        return scan(scanned, x, positions, context)
 
     def _rotary(self, positions: jax.Array) -> list[tuple[jax.Array, jax.Array]] | None:
         """Tables (cos, sin) of full layers and, where they differ, of windowed layers."""

@@ -178,7 +178,7 @@ def test_export_appears_complete_or_not_at_all(llama, tmp_path):
 # --- Reading -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh", ["fsdp:2,tensor:2", "tensor:8", "data:2,fsdp:3"])
+@pytest.mark.parametrize("mesh", ["fsdp:2,tensor:2", "tensor:8", "data:2,fsdp:3", "stage:3,fsdp:2"])
 @pytest.mark.parametrize("name", ["gpt2 untied", "llama tied, biases, head_dim", "bert masked"])
 def test_shards_hold_their_slices(name, mesh, tmp_path):
     """Whatever the mesh, each shard is the right part of the whole."""

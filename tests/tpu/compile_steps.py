@@ -4,7 +4,7 @@
 
 libtpu compiles on any machine. Prints one JSON object per step of the models: `model`, `step`,
 `argument_bytes` and `temp_bytes` (of one device), `collectives` and Pallas `kernels` (names in the final
-program).
+program). A mesh with stages has a train step alone.
 """
 
 import dataclasses
@@ -68,13 +68,20 @@ MIXTURE = dataclasses.replace(PLAIN, family="mixtral", num_experts=8, experts_pe
 
 def lowered(config: ModelConfig, mesh, weights: str = ""):
     """(step, what to compile) of one model; without training where `weights` are rounded."""
+    if mesh.shape["stage"] == 1:
+        yield from lowered_generation(config, mesh, weights)
+    if not weights:
+        yield "train", lowered_training(config, mesh)
+
+
+def lowered_generation(config: ModelConfig, mesh, weights: str):
+    """("prefill" and "decode", what to compile)."""
     model, whole = describe(config), replicated(mesh)
     params = jax.tree.map(_placed, model.shapes, model.shardings(mesh))
     params = quantized_shapes(model, mesh, weights) if weights else params
     cache = abstract_cache(model.config, BATCH, CACHE, mesh)
-    rows = lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, shape))  # noqa: E731
     with jax.set_mesh(mesh):
-        tokens, lengths = rows((BATCH, PROMPT)), rows((BATCH,))
+        tokens, lengths = _rows(mesh, BATCH, PROMPT), _rows(mesh, BATCH)
         yield "prefill", make_prefill(model).lower(params, cache, tokens, lengths)
 
     ids = [[1, 2, 3]] * BATCH
@@ -93,14 +100,20 @@ def lowered(config: ModelConfig, mesh, weights: str = ""):
     with jax.set_mesh(mesh):
         yield "decode", make_decode(model, features, 8).lower(params, cache, state, steps)
 
-    if weights:
-        return
+
+def lowered_training(config: ModelConfig, mesh):
+    """The train step."""
     master = describe(dataclasses.replace(config, param_dtype="float32"))
     optimizer = make_optimizer(OptimConfig(learning_rate=1e-3), master, 100)
-    batch = {k: rows((BATCH, PROMPT)) for k in ("tokens", "targets", "segment_ids", "positions")}
+    batch = {k: _rows(mesh, BATCH, PROMPT) for k in ("tokens", "targets", "segment_ids", "positions")}
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = make_train_step(master, lm_loss, optimizer, mesh)
-    yield "train", step.lower(abstract_state(master, optimizer, mesh), batch, _placed(key, whole))
+    state = abstract_state(master, optimizer, mesh)
+    return step.lower(state, batch, _placed(key, replicated(mesh)))
+
+
+def _rows(mesh, *shape):
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, shape))
 
 
 def _placed(x, sharding):

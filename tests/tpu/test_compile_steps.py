@@ -22,6 +22,7 @@ ROOT = SCRIPT.parents[2]
         ("v5p:2x2x1", "fsdp:4"),
         ("v6e:2x2", "data:2,fsdp:2"),
         ("v6e:2x2", "expert:2,tensor:2"),
+        ("v5e:2x4", "stage:2,fsdp:2,tensor:2"),
         ("tpu7x:2x2x1", "fsdp:2,tensor:4"),  # two devices a chip
     ],
 )
@@ -41,9 +42,9 @@ def test_steps_compile_for_every_generation(topology, mesh):
     ).stdout
     records = list(map(json.loads, output.splitlines()))
     found = {(record["model"], record["step"]): record for record in records}
-    steps = ("prefill", "decode", "train")
+    steps = ("train",) if "stage" in mesh else ("prefill", "decode", "train")
     wanted = [(model, step) for model in ("gemma2", "llama", "mixtral") for step in steps]
-    wanted += [(model, step) for model in ("int8", "w8a8") for step in steps[:2]]
+    wanted += [(model, step) for model in ("int8", "w8a8") for step in steps[:-1]]
     assert list(found) == wanted
     kernels = {
         "prefill": ["flash_attention"],
@@ -60,5 +61,7 @@ def test_steps_compile_for_every_generation(topology, mesh):
     if "expert" in mesh:
         for step in ("prefill", "train"):  # in a decode step so small a sum is an all-reduce
             assert {"all-gather", "reduce-scatter"} <= set(found["mixtral", step]["collectives"])
+    if "stage" in mesh:  # activations go from stage to stage
+        assert all("collective-permute" in record["collectives"] for record in found.values())
     if "fsdp" in mesh:  # parameters are brought together where they are used
         assert all("all-gather" in record["collectives"] for record in found.values())
