@@ -16,6 +16,7 @@ alone none of this does anything.
 import contextlib
 import ctypes
 import dataclasses
+import faulthandler
 import hashlib
 import itertools
 import json
@@ -49,8 +50,10 @@ DEFAULT_TIMEOUT = 300.0
 ALONE = 3600.0  # seconds for what process 0 does while the others wait
 
 BEAT = 2.0  # seconds between two signs of life
-SILENCE = 30.0  # seconds without one, after which a process counts as dead
-RUNTIME_SILENCE = 45  # the same of jax.distributed's own, which tells of process 0
+SILENCE = 20.0  # seconds without one, after which a process counts as dead
+# The same of jax.distributed's own signs, which tell of process 0. They come every half of it, so it
+# notices after half of it at the earliest: later than the watch, whose message says more.
+RUNTIME_SILENCE = 56
 GRACE = 5.0  # seconds that a process has to end by itself when another one says that it failed
 LINGER = 15.0  # seconds that process 0 serves the store after its failure, so that the others read of it
 
@@ -98,12 +101,14 @@ class Watch:
         self._places = (Place(0, "start", time.monotonic(), timeout),)  # the newest ones
         self._sign = Sign(who=f"pid {os.getpid()} on {socket.gethostname()}")
         self._seen: dict[int, tuple[Sign, float]] = {}  # newest sign of each process, since when
+        self._heard = time.monotonic()  # when the store was last read
         self._over, self._ending = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def begin(self) -> None:
         """Start the thread, and say something when the runtime aborts, as it does without process 0."""
         self._thread.start()
+        faulthandler.enable()  # or absl would do it later, in place of what follows
         # Handlers of `signal.signal` run in the main thread, and it is another one that aborts. The
         # runtime has a callback for this, but none in Python (jaxlib 0.10.2: std::bad_cast).
         self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._aborted)
@@ -125,19 +130,20 @@ class Watch:
                 self._seen[process] = sign, now
             problem = self._problem(sign, now - self._seen[process][1], now)
             if problem:
-                found.append(f"process {process} ({sign.who or 'never heard of'}) {problem}")
+                found.append(f"process {process} ({self._who(process)}) {problem}")
         return found
 
     def _problem(self, sign: Sign, quiet: float, now: float) -> str:
         if sign.status is not None:
             failed = sign.status != 0 and quiet > GRACE
             return f"ended with status {sign.status}: {sign.reason}" if failed else ""
+        if quiet > SILENCE:  # its place may be older than it is itself; this one waits at the right one
+            where = f"It is missed at {self._places[-1].name!r}"
+            return f"has given no sign of life for {quiet:.0f} s: it was killed, or is frozen. {where}"
         missed = next((place for place in self._places if place.number > sign.place), None)
-        where = "" if missed is None else f". It has not arrived at {missed.name!r}"
-        if quiet > SILENCE:
-            return f"has given no sign of life for {quiet:.0f} s: it was killed, or is frozen{where}"
         if missed is not None and now - missed.since > missed.timeout:
-            return f"lives, but hangs: this one has waited for {now - missed.since:.0f} s{where}"
+            waited = f"this one has waited for {now - missed.since:.0f} s"
+            return f"lives, but hangs: {waited}. It is missed at {missed.name!r}"
         return ""
 
     def finish(self) -> None:
@@ -161,11 +167,13 @@ class Watch:
             os._exit(status)
 
     def _linger(self) -> None:
-        """Serve the store until all others have ended, or should have."""
+        """Serve the store until all others that live have ended, or should have."""
         end = time.monotonic() + LINGER
         while time.monotonic() < end:
-            signs = self._read()
-            if all(signs.get(p, Sign()).status is not None for p in range(1, self.count)):
+            signs, now = self._read(), time.monotonic()
+            self.problems(signs, now)  # for `_seen`
+            living = [p for p, (sign, since) in self._seen.items() if now - since < SILENCE]
+            if all(signs[p].status is not None for p in living if p in signs):
                 return
             time.sleep(0.2)
 
@@ -173,7 +181,7 @@ class Watch:
         while not self._over.wait(BEAT):
             try:
                 self._tell()
-                signs = self._read()
+                signs, self._heard = self._read(), time.monotonic()
             except jax.errors.JaxRuntimeError:
                 continue  # the store is gone, and process 0 with it: the runtime aborts in a moment
             if found := self.problems(signs, time.monotonic()):
@@ -185,18 +193,30 @@ class Watch:
         print(f"{message}. Start all of them again to go on", file=sys.stderr, flush=True)
 
     def _aborted(self, _: int) -> NoReturn:
-        who = self._seen[0][0].who if 0 in self._seen else "never heard of"
-        leader = f"process 0 ({who}), through which all of them talk,"
-        problem = (
-            f"the runtime aborted, as it says; where that is for want of its leader, {leader} is frozen"
-        )
-        host, _, port = runtime.global_state.coordinator_address.rpartition(":")
-        try:
-            socket.create_connection((host, int(port)), timeout=BEAT).close()
-        except OSError:
-            problem = f"{leader} is gone"
-        self._announce(problem)
+        """Called where the runtime aborts, as it does when its leader, process 0, is lost."""
+        if self._ending.acquire(blocking=False):  # else this process has said why it ends
+            where = f". It is missed at {self._places[-1].name!r}"
+            self._announce(self._cause_of_abort() + where)
         os._exit(LOST)
+
+    def _cause_of_abort(self) -> str:
+        now = time.monotonic()
+        if self.index:
+            leader = f"process 0 ({self._who(0)}), through which all of them talk,"
+            host, _, port = runtime.global_state.coordinator_address.rpartition(":")
+            try:
+                socket.create_connection((host, int(port)), timeout=BEAT).close()
+            except OSError:
+                return f"{leader} is gone"
+            if now - self._heard > 3 * BEAT:
+                return f"{leader} does not answer"
+        quiet = [p for p, (sign, since) in self._seen.items() if now - since > 3 * BEAT]
+        lost = (f"process {p} ({self._who(p)}) has given no sign of life" for p in quiet)
+        return "; ".join(lost) or "the runtime aborted, as it says above"
+
+    def _who(self, process: int) -> str:
+        sign, _ = self._seen.get(process, (Sign(), 0.0))
+        return sign.who or "never heard of"
 
     def _tell(self, **changes: Any) -> None:
         beat, place = self._sign.beat + 1, self._places[-1].number

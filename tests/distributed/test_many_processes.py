@@ -226,7 +226,7 @@ def test_a_frozen_process_is_reported_by_what_it_missed(tmp_path):
     running.wait_for(lambda: "process 0 ended" in running.said())
     os.kill(pid, signal.SIGKILL)
     assert running.finish() == LOST
-    pattern = r"process 1 \(pid \d+ on .*\) has given no sign of life.* not arrived at 'step \d+'"
+    pattern = r"process 1 \(pid \d+ on .*\) has given no sign of life.* missed at 'step \d+'"
     assert re.search(pattern, running.said())
 
 
@@ -235,7 +235,7 @@ def test_a_hanging_process_is_reported_by_what_it_missed(tmp_path):
     limit = {"LLM_JAX_BARRIER_TIMEOUT": "8"}
     running = start(tmp_path, 2, 1, TINY, tmp_path / "run", settings, **limit)
     assert running.finish() == LOST
-    assert re.search(r"process 1 \(.*\) lives, but hangs.* not arrived at 'step 7'", running.said())
+    assert re.search(r"process 1 \(.*\) lives, but hangs.* missed at 'step 7'", running.said())
 
 
 def test_a_signal_to_one_saves_all_and_fewer_processes_go_on(tmp_path):

@@ -42,8 +42,8 @@ def test_a_silent_process_is_lost_and_the_place_it_missed_is_named(watch):
     for later in (0.0, SILENCE - 1):
         assert not watch.problems(signs(p1={"place": 1}, p2={"beat": int(later)}), now(watch, later))
     (problem,) = watch.problems(signs(p1={"place": 1}, p2={"beat": 99}), now(watch, SILENCE + 1))
-    assert problem.startswith("process 1 (pid 7 on host) has given no sign of life for 31 s")
-    assert problem.endswith("It has not arrived at 'step 2'")
+    assert problem.startswith("process 1 (pid 7 on host) has given no sign of life for 21 s")
+    assert problem.endswith("It is missed at 'step 2'")
 
 
 def test_a_process_that_was_never_heard_of_is_lost_too(watch):
@@ -53,7 +53,7 @@ def test_a_process_that_was_never_heard_of_is_lost_too(watch):
         "process 1 (never heard of)",
         "process 2 (never heard of)",
     ]
-    assert all("It has not arrived at 'step 1'" in problem for problem in problems)
+    assert all("It is missed at 'step 2'" in problem for problem in problems)
 
 
 def test_a_process_that_lives_and_does_not_come_hangs(watch):
@@ -64,7 +64,7 @@ def test_a_process_that_lives_and_does_not_come_hangs(watch):
     late = signs(p1={"beat": 9}, p2={"beat": 9, "place": 1})
     (problem,) = watch.problems(late, now(watch, 61.0))
     assert "process 2 (pid 7 on host) lives, but hangs: this one has waited for 61 s" in problem
-    assert problem.endswith("It has not arrived at 'step 2'")
+    assert problem.endswith("It is missed at 'step 2'")
 
 
 def test_a_place_may_give_more_time(watch):
