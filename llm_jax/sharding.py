@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from llm_jax.config import nearest
@@ -112,12 +113,12 @@ def make_mesh(shape: Mapping[str, int] | str = "", devices: Sequence | None = No
             f"mesh {sizes} takes {needed} of {len(devices)} devices and none of processes "
             f"{sorted(idle)}: expected all devices, as --mesh=data:-1 does"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=devices[:needed],
-    )
+    shape_of, devices, auto = tuple(sizes.values()), devices[:needed], (AxisType.Auto,) * len(sizes)
+    try:
+        return jax.make_mesh(shape_of, tuple(sizes), axis_types=auto, devices=devices)
+    except NotImplementedError:  # an axis must lie along a part of a slice's, as 8 does on 4 x 4 chips
+        places = create_device_mesh(shape_of, devices, allow_split_physical_axes=True)
+        return Mesh(places, tuple(sizes), axis_types=auto)
 
 
 def spec(axes: Sequence[str | None], rules: Rules, shape: Sequence[int], mesh: Any) -> PartitionSpec:

@@ -1,6 +1,7 @@
 """Quotes of compiled steps: every generation, the compiler's own figures, and published measurements."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from llm_jax.plan.export import engine_settings, export_cache
 from llm_jax.plan.quote import quote
 from llm_jax.plan.workload import Workload
+from llm_jax.tpu.compile import SETTINGS, library
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +85,23 @@ def test_training_and_sequences_that_are_split(small):
     assert "collective-permute" in split.steps["train"].collectives
     assert whole.limit in ("compute", "memory", "interconnect")
     assert set(whole.hbm_bytes) == {"weights", "optimizer", "temporaries", "programs"}
+
+
+PLACED = """
+from llm_jax.plan.search import TRAINING_AXES, meshes
+from llm_jax.sharding import make_mesh
+from llm_jax.tpu.topology import topology_devices
+for topology in ("v5e:4x4", "v5p:2x2x2", "v6e:4x4", "tpu7x:2x2x1"):
+    devices = topology_devices(topology)
+    for mesh in meshes(topology, TRAINING_AXES):
+        assert len(set(make_mesh(mesh, devices).devices.flat)) == len(devices)
+"""
+
+
+def test_every_mesh_that_is_searched_has_a_place_on_the_slice():
+    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = inherited | SETTINGS | library() | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", PLACED], env=environment, check=True)
 
 
 def test_arrays_are_what_the_compiler_counts(small):
