@@ -37,7 +37,7 @@ WHOLE = (
     "classifier",
     "qa_outputs",
     "pooler",
-    "predictions",
+    "transform",
     "lm_head.dense",
 )
 PROMPTS = [[5, 6, 7], [60, 50, 40, 30, 20] * 4, [9]]
@@ -100,7 +100,7 @@ def test_families_compute_what_transformers_does_with_rounded_weights(name, tmp_
         assert relative(got[key], [out.logits[0].numpy() for out in found]) < 2e-5
     errors = {key: relative(got[key], floats[key]) for key in got}
     print(f"{name:32}", *(f"{key} {error:.4f}" for key, error in errors.items()))
-    assert 1e-4 < max(errors.values()) < 0.05, "rounded, but not by much"
+    assert 1e-4 < max(errors.values()) < 0.08, "rounded, but not by much"
 
 
 @pytest.fixture(scope="module")

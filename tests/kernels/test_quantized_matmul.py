@@ -354,6 +354,11 @@ def test_the_choice_has_a_reason():
     x, w, scale = drawn(4, 128, 128)
     assert choose(x, w, scale, "TPU v5e").implementation == "pallas"
     assert "no kernel for cpu" in choose(x, w, scale, "cpu").reason
+    assert choose(x, w, scale, "cpu").implementation == "integers"
+    assert choose(x, w, jnp.ones((4, 128)), "cpu").implementation == "xla"
+    for rounded, expected in ((False, "xla"), (True, "integers")):
+        other = choose(x, w, scale, "TPU v5e", transposed=True, quantize_x=rounded)
+        assert other.implementation == expected and "not [N, K]" in other.reason
     assert "float16" in choose(x.astype(jnp.float16), w, scale, "TPU v4").reason
     assert "groups of 16 rows" in choose(x, w, jnp.ones((8, 128)), "TPU v4").reason
     assert "is empty" in choose(x[:0], w, scale, "TPU v4").reason
@@ -365,6 +370,19 @@ def test_the_choice_has_a_reason():
     [
         ({"implementation": "cudnn"}, "implementation='cudnn': expected one of"),
         ({"implementation": "pallas"}, "implementation='pallas': there is no kernel for cpu"),
+        (
+            {"implementation": "integers", "scale": jnp.ones((2, 256))},
+            "is not int8 or int4 with one scale",
+        ),
+        (
+            {
+                "implementation": "pallas",
+                "transposed": True,
+                "interpret": True,
+                "w": jnp.ones((256, 128), jnp.int8),
+            },
+            r"implementation='pallas': the kernel takes w \[K, N\], not \[N, K\]; take 'xla' or None",
+        ),
         ({"activation": "swish"}, "activation='swish': expected one of"),
         ({"x": jnp.ones((4, 64))}, r"x \(4, 64\) does not fit w \(128, 256\)"),
         ({"x": jnp.ones((4, 128), jnp.int32)}, "x of int32: expected floating-point"),
@@ -379,6 +397,7 @@ def test_the_choice_has_a_reason():
             {"layer": 2, "w": jnp.ones((2, 128, 256), jnp.int8), "scale": jnp.ones((2, 256))},
             r"layer=2 of w .* expected 0 to 1",
         ),
+        ({"transposed": True}, r"x \(4, 128\) does not fit w \(256, 128\)"),
         ({"scale": jnp.ones(255)}, r"scale \(255,\) of float32 for w \(128, 256\): expected"),
         ({"scale": jnp.ones(256, jnp.bfloat16)}, "of bfloat16 for w"),
         ({"scale": jnp.ones((3, 256))}, "3 groups do not divide K=128"),

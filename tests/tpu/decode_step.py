@@ -37,14 +37,14 @@ def decode_step(
 
     weights: "" = bfloat16, or a scheme of `compress.quantize`.
     """
-    mesh, model = make_mesh(mesh, devices), describe(CONFIG)
-    params = _params(model, mesh, weights)
-    cache = abstract_cache(model.config, batch, context, mesh)
-    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=batch_sharding(mesh, (batch,)))
+    grid, model = make_mesh(mesh, devices), describe(CONFIG)
+    params = _params(model, grid, weights)
+    cache = abstract_cache(model.config, batch, context, grid)
+    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=batch_sharding(grid, (batch,)))
     forward = make_forward(model)
 
     def step(params, cache, tokens):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(grid.abstract_mesh):
             return forward(params, cache, tokens)
 
     return Case(jax.jit(step, donate_argnums=1), (params, cache, tokens))
@@ -60,18 +60,18 @@ def engine_step(
     weights: str = "",
 ) -> Case:
     """A step of the engine: a token for each of `rows` sequences and `chunk` tokens of a prompt."""
-    mesh, model, pages = make_mesh(mesh, devices), describe(CONFIG), context // page
-    params = _params(model, mesh, weights)
-    cache = abstract_paged(model.config, (rows * pages,), page, mesh)
+    grid, model, pages = make_mesh(mesh, devices), describe(CONFIG), context // page
+    params = _params(model, grid, weights)
+    cache = abstract_paged(model.config, (rows * pages,), page, grid)
     shape = StepShape(rows + chunk, rows, rows, pages, 1)
     packed = jax.ShapeDtypeStruct(
-        shape.empty(1)[0].shape, jnp.int32, sharding=batch_sharding(mesh, (1, 1))
+        shape.empty(1)[0].shape, jnp.int32, sharding=batch_sharding(grid, (1, 1))
     )
-    newest = jax.ShapeDtypeStruct((1, rows, 1), jnp.int32, sharding=batch_sharding(mesh, (1, 1)))
+    newest = jax.ShapeDtypeStruct((1, rows, 1), jnp.int32, sharding=batch_sharding(grid, (1, 1)))
     forward = make_paged_forward(model, shape)
 
     def step(params, cache, newest, packed):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(grid.abstract_mesh):
             return forward(params, cache, newest, packed)
 
     return Case(jax.jit(step, donate_argnums=1), (params, cache, newest, packed))
