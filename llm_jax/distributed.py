@@ -56,8 +56,8 @@ SILENCE = 20.0  # seconds without one, after which a process counts as dead
 # notices after half of it at the earliest: later than the watch, whose message says more.
 RUNTIME_SILENCE = 56
 GRACE = 5.0  # seconds that a process has to end by itself when another one says that it failed
-# How errors begin that the runtime raises when it cannot talk to a process: as JaxRuntimeError, but those
-# of gloo as ValueError.
+# How errors begin that the runtime raises when it cannot talk to a process: JaxRuntimeError, and
+# ValueError of gloo.
 BROKEN = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|DATA_LOSS): ")
 LINGER = 15.0  # seconds that process 0 serves the store after its failure, so that the others read of it
 
@@ -207,7 +207,7 @@ class Watch:
         now = time.monotonic()
         if self.index:
             leader = f"process 0 ({self._who(0)}), through which all of them talk,"
-            host, _, port = runtime.global_state.coordinator_address.rpartition(":")
+            host, _, port = str(runtime.global_state.coordinator_address).rpartition(":")
             try:
                 socket.create_connection((host, int(port)), timeout=BEAT).close()
             except OSError:
