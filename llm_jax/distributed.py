@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import signal
 import socket
 import sys
@@ -55,6 +56,9 @@ SILENCE = 20.0  # seconds without one, after which a process counts as dead
 # notices after half of it at the earliest: later than the watch, whose message says more.
 RUNTIME_SILENCE = 56
 GRACE = 5.0  # seconds that a process has to end by itself when another one says that it failed
+# How errors begin that the runtime raises when it cannot talk to a process: JaxRuntimeError, and
+# ValueError of gloo.
+BROKEN = re.compile("(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|DATA_LOSS): ")
 LINGER = 15.0  # seconds that process 0 serves the store after its failure, so that the others read of it
 
 
@@ -203,7 +207,7 @@ class Watch:
         now = time.monotonic()
         if self.index:
             leader = f"process 0 ({self._who(0)}), through which all of them talk,"
-            host, _, port = runtime.global_state.coordinator_address.rpartition(":")
+            host, _, port = str(runtime.global_state.coordinator_address).rpartition(":")
             try:
                 socket.create_connection((host, int(port)), timeout=BEAT).close()
             except OSError:
@@ -410,10 +414,10 @@ def _end(watch: Watch, error: BaseException) -> NoReturn:
 
 
 def _from_runtime(error: BaseException | None) -> bool:
-    """Whether it began with an error of jax's runtime other than too little memory."""
+    """Whether it began with an error of jax's runtime, as when a process is gone that it talks to."""
     while error is not None:
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            return "RESOURCE_EXHAUSTED" not in str(error)
+        if BROKEN.match(str(error)):
+            return True
         error = error.__cause__ or error.__context__
     return False
 

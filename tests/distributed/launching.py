@@ -1,4 +1,4 @@
-"""Programs in several processes, by launch/local.sh, and what they say."""
+"""Programs in several processes, by launch/local.sh: what they say, and whether they train alike."""
 
 import dataclasses
 import os
@@ -7,7 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from llm_jax.train.metrics_log import read_metrics
+
 ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE = 1e-5  # sums over devices are taken in another order
 
 
 @dataclasses.dataclass
@@ -50,3 +55,16 @@ def run(folder, count, devices, *command, **env):
     running = start(folder, count, devices, *command, **env)
     assert running.finish() == 0, running.said()
     return running.said("out")
+
+
+def numbers(workdir):
+    """The records without what differs from run to run: the time and the speed."""
+    records = read_metrics(workdir / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k != "time" and "perf/" not in k} for r in records]
+
+
+def assert_same_curve(workdir, other):
+    found, wanted = numbers(workdir), numbers(other)
+    assert [r["step"] for r in found] == [r["step"] for r in wanted]
+    for one, two in zip(found, wanted, strict=True):
+        assert one == pytest.approx(two, rel=TOLERANCE, abs=1e-8)

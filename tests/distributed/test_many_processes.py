@@ -8,7 +8,6 @@ import signal
 import textwrap
 import time
 
-import jax
 import numpy as np
 import pytest
 
@@ -19,13 +18,12 @@ from llm_jax.distributed import LOST
 from llm_jax.sharding import make_mesh
 from llm_jax.train import classification, language_model
 from llm_jax.train.metrics_log import read_metrics
-from tests.distributed import all_tasks, tiny_member
-from tests.distributed.launching import ROOT, run, start
+from tests.distributed import tiny_member
+from tests.distributed.launching import ROOT, TOLERANCE, assert_same_curve, numbers, run, start
 
 pytestmark = pytest.mark.slow
 TINY = ROOT / "tests" / "distributed" / "tiny_member.py"
 TRAIN = ROOT / "scripts" / "train.py"
-TOLERANCE = 1e-5  # sums over devices are taken in another order
 
 CONFIG = """
     import os
@@ -54,19 +52,6 @@ def settings_of(path):
     names = {}
     exec(path.read_text(), names)
     return names["get_config"]().to_dict()
-
-
-def numbers(workdir):
-    """The records without what differs from run to run: the time and the speed."""
-    records = read_metrics(workdir / "metrics.jsonl")
-    return [{k: v for k, v in r.items() if k != "time" and "perf/" not in k} for r in records]
-
-
-def assert_same_curve(workdir, other):
-    found, wanted = numbers(workdir), numbers(other)
-    assert [r["step"] for r in found] == [r["step"] for r in wanted]
-    for one, two in zip(found, wanted, strict=True):
-        assert one == pytest.approx(two, rel=TOLERANCE, abs=1e-8)
 
 
 def assert_only_process_0_logs(said):
@@ -116,25 +101,6 @@ def test_a_classifier_trains_as_in_one_process(tmp_path):
     assert_same_curve(tmp_path / "many", tmp_path / "one")
     results = json.loads((tmp_path / "many" / "results.json").read_text())
     assert results["accuracy"] == pytest.approx((alone.gold == alone.predicted).mean())
-
-
-def test_every_other_task_gives_the_results_of_one_process(tmp_path):
-    all_tasks.write_data(tmp_path)
-    alone = all_tasks.train(tmp_path, tmp_path / "one", "data:2")
-    run(tmp_path, 2, 1, ROOT / "tests" / "distributed" / "all_tasks.py", tmp_path)
-    many = json.loads((tmp_path / "results.json").read_text())
-    assert many.keys() == alone.keys()
-    for name, results in json.loads(json.dumps(alone)).items():
-        assert flat(many[name]) == pytest.approx(flat(results), rel=1e-4), name
-        assert_same_curve(tmp_path / "many" / name, tmp_path / "one" / name)
-    for written in ("sft/adapter", "draft_head/draft_head"):
-        assert (tmp_path / "many" / written).is_dir()
-
-
-def flat(results):
-    """{path: number} of the numbers in nested results."""
-    leaves = jax.tree_util.tree_leaves_with_path(results)
-    return {jax.tree_util.keystr(path): x for path, x in leaves if not isinstance(x, str)}
 
 
 # Generation

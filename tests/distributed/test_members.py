@@ -96,6 +96,18 @@ def test_differences_name_values_and_processes():
     assert distributed._differences({n: given[0] for n in range(5)}) == ""
 
 
+def test_errors_of_the_runtime_are_told_from_others():
+    gloo = ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer")
+    lost = OSError("the checkpoint could not be written")
+    lost.__cause__ = RuntimeError("INTERNAL: Barrier failed")
+    end = SystemExit(2)
+    end.__context__ = gloo
+    assert all(map(distributed._from_runtime, (gloo, lost, end)))
+    memory = MemoryError("a step does not fit")
+    memory.__cause__ = RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+    assert not any(map(distributed._from_runtime, (memory, ValueError("no label"), SystemExit(2))))
+
+
 def test_nested_settings_are_flat():
     flat = distributed._flat({"optim": {"b1": 0.9, "b2": [1, 2]}, "seed": None})
     assert flat == {"optim.b1": 0.9, "optim.b2": [1, 2], "seed": None}
