@@ -70,8 +70,8 @@ def expert_layer(
     count, width = matrices.gate.shape[-3:-1]
     divided = splits("expert", "experts", count)
     gathered = divided and splits("expert", "batch", x.shape[0])
-    partial = ["expert"] if divided and not gathered else []
-    partial += ["tensor"] if splits("tensor", "mlp", width) else []
+    over = ["expert"] if divided and not gathered else []
+    over += ["tensor"] if splits("tensor", "mlp", width) else []
 
     def local(x, routes, gate, up, down, *layer):
         shape, (x, routes) = x.shape, (a.reshape(-1, a.shape[-1]) for a in (x, routes))
@@ -84,8 +84,8 @@ def expert_layer(
         out = _through_experts(x, weights, experts.astype(jnp.int32) - first, mine, activation)
         if gathered:
             out = jax.lax.psum_scatter(out, "expert", tiled=True)
-        if partial:
-            out = jax.lax.psum(out, tuple(partial))
+        if over:
+            out = jax.lax.psum(out, tuple(over))
         return (out.reshape(shape),)
 
     # Weights and numbers of experts as one array, so that they are gathered at once.

@@ -25,6 +25,7 @@ from llm_jax.ops.attention import FullContext
 from llm_jax.ops.sampling import SamplingParams
 from llm_jax.ops.taps import Patch, Taps
 from llm_jax.sharding import batch_sharding, make_mesh
+from llm_jax.train.distill import StudentAndTeacher, distillation_loss
 from llm_jax.train.objectives import lm_loss
 from llm_jax.train.optim import make_optimizer
 from llm_jax.train.state import init_state
@@ -150,6 +151,23 @@ def test_an_evaluation_has_no_balance_in_its_loss(loaded):
     plain = loss_and_gradients(model, make_mesh(""), params, rows)[:2]
     values = [float(a / b) for a, b in (sums["loss"], sums["router_balance"])]
     np.testing.assert_allclose(values, plain, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_distillation_balances_the_student(loaded):
+    _, model, params = loaded("mixtral")
+    rows = batch()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def loss(coefficient, params):
+        student = describe(dataclasses.replace(model.config, router_aux_loss=coefficient))
+        nets = StudentAndTeacher(student.bind(params), model.bind(params))
+        how = {"temperature": 2.0, "weight": 0.5, "hidden_weight": 0.0}
+        total, count, metrics = distillation_loss(nets, rows, jax.random.key(0), **how)
+        return total / count, metrics["router_balance"][0] / count
+
+    (plain, _), (balanced, balance) = loss(0.0, params), loss(0.3, params)
+    np.testing.assert_allclose(balanced - plain, 0.3 * balance, rtol=1e-5)
 
 
 @pytest.mark.slow
