@@ -436,7 +436,7 @@ def _check_expressible(cfg: ModelConfig, hf: Mapping[str, Any]) -> None:
 
 def _comparable(cfg: ModelConfig) -> ModelConfig:
     """One of several configs that mean the same model; how it is trained and stored is no part of it."""
-    plain: dict[str, Any] = {"dropout": 0.0, "remat": "none", "attention": "auto"}
+    plain: dict[str, Any] = {"dropout": 0.0, "remat": "none", "microbatches": 0, "attention": "auto"}
     plain |= {"param_dtype": "", "compute_dtype": "", "cache_dtype": ""}
     if cfg.attn_scale == cfg.head_dim**-0.5:
         plain["attn_scale"] = None
