@@ -27,7 +27,6 @@ SCHEMES = ("int8", "w8a8")  # weights alone; activations too, as they come, each
 FLOATS = ("", "float32", "bfloat16", "float16")
 SMALLEST = 1e-30  # of a scale times 127, so that it is a normal number where a row is nothing but zeros
 HEAD = "lm_head/weight"
-KEPT = {"experts", "routes"}  # axes: experts have other products, and a router is small and to be exact
 LANES = 128  # columns of a tile on TPUs: XLA copies a matrix [C, O] with other O at every use
 T = TypeVar("T")
 
@@ -97,7 +96,7 @@ def rounded_weights(model: Described, mesh: Mesh, scheme: str) -> dict[str, Weig
         )
     for path, shape in shapes.items():
         stacked, names = axes[path][0] == "layers", axes[path]
-        if len(contract[path]) != 1 or KEPT & set(names) or not (stacked or path == HEAD):
+        if len(contract[path]) != 1 or not (stacked or path == HEAD):
             continue
         assert names[-1:] == contract[path], f"{path} {names}: the axis that is summed over comes last"
         *lead_out, inner = shape.shape
