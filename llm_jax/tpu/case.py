@@ -66,7 +66,7 @@ def _evaluate(jaxpr: Any, consts: Any, args: list[Any], found: list[tuple[str, I
             }
             found.append((_kernel_name(eqn.params), integers))
             continue
-        if all(x is not None for x in inputs):
+        if all(x is not None for x in inputs) and not _of_a_mesh(eqn):
             outputs = _run(eqn, inputs)
         else:
             outputs = [None] * len(eqn.outvars)
@@ -83,6 +83,15 @@ def _evaluate(jaxpr: Any, consts: Any, args: list[Any], found: list[tuple[str, I
                     outputs = results
         values.update(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _of_a_mesh(eqn: Any) -> bool:
+    """Whether an equation asks which device runs it, or another device: it has no one value."""
+    return eqn.primitive.name in ON_MESH
+
+
+ON_MESH = ("axis_index", "psum", "psum_invariant", "pmax", "pmin", "ppermute", "all_gather")
+ON_MESH += ("all_to_all", "reduce_scatter", "shard_map")
 
 
 def _run(eqn: Any, inputs: list[Any]) -> list[Any]:

@@ -75,8 +75,26 @@ def test_every_generation_gets_a_quote(small, topology, mesh):
         assert step.mfu <= 1.0
 
 
+@pytest.mark.parametrize(
+    ("topology", "mesh"), [("tpu7x:2x2x1", "expert:4,tensor:2"), ("v5e:2x2", "data:2,expert:2")]
+)
+def test_a_mixture_of_experts_gets_a_quote(tmp_path, topology, mesh):
+    mixture = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None}
+    mixture |= {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02}
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | mixture))
+    work = Workload(str(tmp_path), batch=8, context=512, prefill_tokens=512)
+    found = quote(work, topology, mesh, ("prefill", "decode"))
+    assert found.fits
+    assert "reduce-scatter" in found.steps["prefill"].collectives
+    for name in ("prefill", "decode"):
+        step = found.steps[name]
+        assert not step.unknown_kernels
+        assert "all-gather" in step.collectives
+        assert "grouped_matmul" in [operation for _, _, operation in step.longest]
+
+
 def test_training_and_sequences_that_are_split(small):
-    work = Workload(small, batch=8, context=1024)
+    work = Workload(small, batch=8, context=256)
     whole = quote(work, "v5e:2x2", "fsdp:4", ("train",))
     split = quote(work, "v5e:2x2", "fsdp:2,context:2", ("train",))
     assert whole.fits

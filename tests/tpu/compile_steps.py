@@ -126,6 +126,10 @@ def main(topology: str, shape: str) -> None:
     mesh = make_mesh(shape, found.devices)
     models = {"gemma2": (CONFIG,), "llama": (PLAIN,), "mixtral": (MIXTURE,)}
     models |= {"int8": (PLAIN, "int8"), "w8a8": (PLAIN, "w8a8")}
+    if topology.startswith(
+        "tpu7x"
+    ):  # libtpu 0.0.42 crashes there; tests/plan has a newer one compile it
+        del models["mixtral"]
     for name, model in models.items():
         for step, program in lowered(model[0], mesh, *model[1:]):
             compiled = program.compile()

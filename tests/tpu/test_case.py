@@ -84,3 +84,17 @@ def test_gradients_run_kernels_too():
     names = [name for name, _ in found]
     assert names[-1] == "backward"
     np.testing.assert_array_equal(found[-1][1][0], TABLE)
+
+
+def test_what_depends_on_the_device_is_not_known():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(table):
+        first = jax.lax.axis_index("x") * 2
+        return table + first + jax.lax.psum(jnp.int32(1), "x")
+
+    def run(table):
+        how = {"mesh": mesh, "in_specs": jax.P(None), "out_specs": jax.P(None)}
+        return jax.shard_map(local, **how, check_vma=False)(table)
+
+    assert kernel_integers(run, (np.arange(4, dtype=np.int32),)) == []

@@ -43,7 +43,8 @@ def test_steps_compile_for_every_generation(topology, mesh):
     records = list(map(json.loads, output.splitlines()))
     found = {(record["model"], record["step"]): record for record in records}
     steps = ("train",) if "stage" in mesh else ("prefill", "decode", "train")
-    wanted = [(model, step) for model in ("gemma2", "llama", "mixtral") for step in steps]
+    models = ("gemma2", "llama", *(() if topology.startswith("tpu7x") else ("mixtral",)))
+    wanted = [(model, step) for model in models for step in steps]
     wanted += [(model, step) for model in ("int8", "w8a8") for step in steps[:-1]]
     assert list(found) == wanted
     kernels = {
