@@ -181,7 +181,11 @@ def test_unequal_parts_are_refused(monkeypatch):
 
 
 def fake_mesh(array):
-    return Mesh(array, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    """A mesh of devices [data, fsdp, tensor], its other axes of size 1."""
+    sizes = dict.fromkeys(sharding.MESH_AXES, 1)
+    sizes |= dict(zip(("data", "fsdp", "tensor"), array.shape, strict=True))
+    whole = array.reshape(tuple(sizes.values()))
+    return Mesh(whole, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
 @pytest.mark.parametrize("arguments", [(), ("2",), ("0", "true"), ("--devices=x", "2", "true")])

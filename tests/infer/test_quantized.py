@@ -37,7 +37,7 @@ WHOLE = (
     "classifier",
     "qa_outputs",
     "pooler",
-    "transform",
+    "predictions.transform",
     "lm_head.dense",
 )
 PROMPTS = [[5, 6, 7], [60, 50, 40, 30, 20] * 4, [9]]

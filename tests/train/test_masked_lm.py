@@ -26,6 +26,7 @@ from llm_jax.config import (
     from_dict,
 )
 from llm_jax.data.fast_tokenizer import ByteTokenizer
+from llm_jax.data.loader import this_host
 from llm_jax.data.packing import pack
 from llm_jax.data.tasks import documents
 from llm_jax.data.tokenizer import load_tokenizer
@@ -179,7 +180,7 @@ def test_a_token_store_is_read_with_its_own_tokenizer(tmp_path):
         make_mesh("data:1"),
         dataclasses.replace(CONFIG, data=str(tmp_path / "store"), eval_fraction=DEFAULT_EVAL, steps=2),
     )
-    corpus = masked_lm._read_store(config, None, tmp_path / "none")
+    corpus = masked_lm._read_store(config, None, tmp_path / "none", this_host(mesh))
     rows = [batch["tokens"][batch["segment_ids"] > 0] for batch in corpus.batches]
     assert np.concatenate(rows).tolist() == sum(parts[1], [])
     assert corpus.loader(0)["tokens"].shape == (8, 32)
