@@ -123,7 +123,12 @@ def test_each_device_has_the_outputs_it_had(params):
 
 @pytest.mark.parametrize("mesh", ["data:1", "data:2,fsdp:2,tensor:2"])
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n == "gpt2 untied" else pytest.mark.slow) for n in tiny.ALL]
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "gpt2 untied" else pytest.mark.slow)
+        for name in tiny.ALL
+        if not name.startswith(("mixtral", "qwen3_moe"))  # are refused
+    ],
 )
 def test_files_are_rounded_as_arrays_are(name, mesh, tmp_path):
     tiny.ALL[name].save(tmp_path)
