@@ -82,25 +82,34 @@ def parse_mesh(text: str) -> dict[str, int]:
     return shape
 
 
+def mesh_sizes(shape: Mapping[str, int] | str, count: int) -> dict[str, int]:
+    """The size of each of `MESH_AXES`; one may be -1 and takes what is left of `count` devices.
+
+    Raises ValueError for axes that there are not, and a -1 that cannot be.
+    """
+    sizes = {**dict.fromkeys(MESH_AXES, 1), **(parse_mesh(shape) if isinstance(shape, str) else shape)}
+    if unknown := set(sizes) - set(MESH_AXES):
+        raise ValueError(f"mesh axes {sorted(unknown)} are unknown; expected {MESH_AXES}")
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh {sizes}: only one axis may be -1, got {free}")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free:
+        if count % fixed:
+            raise ValueError(f"mesh {sizes}: {count} devices are not a multiple of {fixed}")
+        sizes[free[0]] = count // fixed
+    return sizes
+
+
 def make_mesh(shape: Mapping[str, int] | str = "", devices: Sequence | None = None) -> Mesh:
     """Mesh with the axes of `MESH_AXES` over the first devices that the shape needs.
 
     Sizes not named are 1; one may be -1 and takes the devices that are left. Raises ValueError
     when the sizes do not fit the devices there are, or leave some of several processes without any.
     """
-    sizes = {**dict.fromkeys(MESH_AXES, 1), **(parse_mesh(shape) if isinstance(shape, str) else shape)}
-    if unknown := set(sizes) - set(MESH_AXES):
-        raise ValueError(f"mesh axes {sorted(unknown)} are unknown; expected {MESH_AXES}")
     real = devices is None  # and not those of a topology to compile for
     devices = list(jax.devices() if devices is None else devices)
-    free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1:
-        raise ValueError(f"mesh {sizes}: only one axis may be -1, got {free}")
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if free:
-        if len(devices) % fixed:
-            raise ValueError(f"mesh {sizes}: {len(devices)} devices are not a multiple of {fixed}")
-        sizes[free[0]] = len(devices) // fixed
+    sizes = mesh_sizes(shape, len(devices))
     needed = math.prod(sizes.values())
     if needed > len(devices):
         raise ValueError(
