@@ -54,6 +54,17 @@ def workload() -> Workload:
     )
 
 
+def refuse_unread() -> None:
+    """ValueError for a flag that what is asked for does not read."""
+    if EXPORT.value and (SWEEP.value or not MESH.value):
+        raise ValueError("--export_cache takes --mesh and no --sweep: it compiles for one mesh")
+    other = bool(EXPORT.value or SWEEP.value)
+    unread = ["remat", "optimizer"] if other or "train" not in STEPS_.value else []
+    unread += ["steps"] * other + ["batches"] * (not SWEEP.value)
+    if given := [f"--{name}" for name in unread if not flags.FLAGS[name].using_default_value]:
+        raise ValueError(f"{', '.join(given)}: what is asked for does not read it; leave it out")
+
+
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
@@ -65,9 +76,8 @@ def main(argv):
         raise ValueError(f"--steps={','.join(STEPS_.value)}: {wrong[0]!r} is none of {', '.join(STEPS)}")
     work, topology, refused = workload(), TOPOLOGY.value, []
     say = lambda line: print(line, file=sys.stderr, flush=True)  # noqa: E731
+    refuse_unread()
     if EXPORT.value:
-        if not MESH.value:
-            raise ValueError("--export_cache without --mesh: programs are compiled for one mesh")
         made = export_cache(work, topology, MESH.value, Path(EXPORT.value))
         return print(json.dumps(dataclasses.asdict(made)) if JSON.value else report.exported(made))
     if SWEEP.value:
@@ -79,12 +89,10 @@ def main(argv):
         quotes = [quote(work, topology, MESH.value, STEPS_.value)]
     else:
         quotes, refused = search(work, topology, STEPS_.value, say)
-    for found in quotes if JSON.value else ():
-        print(json.dumps(found.record()), flush=True)
-    if not JSON.value:
-        one = MESH.value and not SWEEP.value
-        print(report.text(quotes[0]) if one else report.table(quotes, refused))
-    return None
+    if JSON.value:
+        return print("\n".join(json.dumps(found.record()) for found in quotes))
+    one = MESH.value and not SWEEP.value
+    return print(report.text(quotes[0]) if one else report.table(quotes, refused))
 
 
 if __name__ == "__main__":

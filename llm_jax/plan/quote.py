@@ -18,8 +18,8 @@ from llm_jax.tpu.links import Slice
 from llm_jax.tpu.timing import Assumptions, Timeline, time_program
 
 RESERVED = 256 << 20  # bytes of HBM that the runtime keeps (v5e: 15.75 of 16 GiB are left)
-HOST_S = 300e-6  # of a step that the engine's scheduler and the dispatch take; see docs/plan.md
-TARGETS = ("prefill", "decode", "choose", "train")
+# What the engine's host needs for a step, and of that for each row, measured: see docs/plan.md.
+HOST_S, HOST_ROW_S = 500e-6, 22e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +98,8 @@ def quote(
     that does not, or a workload that the mesh cannot split, and where libtpu is missing.
     """
     memory = arrays_of(work, topology, mesh, steps)
-    limit = hbm_limit(topology)
-    partial = functools.partial(_quote, work, topology, mesh, memory, limit)
-    if sum(memory.values()) > limit:
+    partial = functools.partial(conclude, work, topology, mesh, memory)
+    if sum(memory.values()) > hbm_limit(topology):
         return partial({}, "")
     found: dict[str, StepQuote] = {}
     names = [name for step in steps for name in ((step, "choose") if step == "decode" else (step,))]
@@ -126,7 +125,7 @@ def arrays_of(work: Workload, topology: str, mesh: str, steps: Sequence[str]) ->
 
     Raises ValueError for a mesh that does not make up the slice, or cannot split the model.
     """
-    on = abstract_mesh(mesh)
+    on = abstract_mesh(mesh, devices(topology))
     if on.size != devices(topology):
         raise ValueError(
             f"mesh={mesh!r} has {on.size} devices, topology={topology!r} {devices(topology)}: their "
@@ -147,7 +146,7 @@ def arrays_of(work: Workload, topology: str, mesh: str, steps: Sequence[str]) ->
 def _step(name: str, work: Workload, program: Program, mesh: str, assumed: Assumptions) -> StepQuote:
     module = operations(read_module(program.text("hlo.txt")))
     line = time_step(work, program, module, assumed)
-    chip, on = program.chip, abstract_mesh(mesh)
+    chip, on = program.chip, abstract_mesh(mesh, devices(program.topology))
     shards = data_shards(on)
     tokens, seen = _tokens(name, work, shards)
     config = work.config
@@ -199,9 +198,16 @@ def _tokens(name: str, work: Workload, shards: int) -> tuple[int, int]:
             return shards * work.rows(shards), work.context
 
 
-def _quote(work, topology, mesh, memory, limit, found: dict[str, StepQuote], refused: str) -> Quote:
-    """What follows from memory and steps."""
-    needs = dict(memory)
+def conclude(
+    work: Workload,
+    topology: str,
+    mesh: str,
+    memory: dict[str, int],
+    found: dict[str, StepQuote],
+    refused: str,
+) -> Quote:
+    """What follows from the bytes of arrays, the steps that compiled, and what the compiler refused."""
+    needs, limit = dict(memory), hbm_limit(topology)
     if found:
         needs["temporaries"] = max(step.temp_bytes for step in found.values())
         needs["programs"] = sum(step.code_bytes for step in found.values())
@@ -209,16 +215,16 @@ def _quote(work, topology, mesh, memory, limit, found: dict[str, StepQuote], ref
     fits = bool(found) and not refused and used <= limit
     rate = price_of(topology)
     hourly = None if rate is None else rate * chips(topology)
-    shards = data_shards(abstract_mesh(mesh))
+    shards = data_shards(abstract_mesh(mesh, devices(topology)))
     values: dict[str, Any] = {"usd_per_hour": hourly}
     decode, prefill, train = (found.get(name) for name in ("decode", "prefill", "train"))
     if prefill is not None:
         values["prefill_s"] = prefill.seconds * work.prefill_steps(shards)
-        rate = shards * work.rows(shards) * work.context / values["prefill_s"]
-        values["usd_per_million_prompt_tokens"] = _usd(hourly, rate)
+        read = shards * work.rows(shards) * work.context
+        values["usd_per_million_prompt_tokens"] = _usd(hourly, read / values["prefill_s"])
     if decode is not None:
         device = decode.seconds + found["choose"].seconds if "choose" in found else decode.seconds
-        step = max(device, HOST_S)
+        step = max(device, HOST_S + HOST_ROW_S * decode.tokens)
         values |= {"decode_step_s": step, "tokens_per_s_per_sequence": 1 / step}
         values |= _speed(decode.tokens / step, topology, hourly)
         values["limit"] = "host" if step > device else decode.limit

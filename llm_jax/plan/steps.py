@@ -16,7 +16,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from llm_jax.cache.paged import PagedCache, abstract_paged, pool_windows
 from llm_jax.compress.quantize import quantized_shapes
-from llm_jax.config import OptimConfig
+from llm_jax.config import EngineConfig, OptimConfig
+from llm_jax.engine.programs import Buckets
 from llm_jax.infer.paged_steps import StepShape, init_slots, make_paged_forward, make_paged_sample
 from llm_jax.models import Model, Params, describe
 from llm_jax.ops.sampling import GREEDY
@@ -26,7 +27,7 @@ from llm_jax.sharding import (
     batch_sharding,
     data_shards,
     make_mesh,
-    parse_mesh,
+    mesh_sizes,
     placed,
     replicated,
 )
@@ -36,13 +37,12 @@ from llm_jax.train.optim import Optimizer, make_optimizer
 from llm_jax.train.state import TrainState, abstract_state
 from llm_jax.train.step import make_train_step
 
-ALIGNMENT = 16  # of rows with several tokens
 TRAIN_STEPS = 1000  # of the schedule; the program is the same for any
 
 
-def abstract_mesh(mesh: str) -> AbstractMesh:
-    """The mesh of "data:2,tensor:8" without devices. Raises ValueError as `parse_mesh` does."""
-    sizes = dict.fromkeys(MESH_AXES, 1) | parse_mesh(mesh)
+def abstract_mesh(mesh: str, count: int) -> AbstractMesh:
+    """The mesh of "data:2,tensor:-1" on so many devices that are not there; see `mesh_sizes`."""
+    sizes = mesh_sizes(mesh, count)
     return AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
@@ -80,18 +80,15 @@ def device_bytes(tree: Any) -> int:
 def decode(devices: list[Any], workload: dict[str, Any], mesh: str) -> Case:
     """A token for every sequence: the engine's step without prompts."""
     work, on = Workload(**workload), make_mesh(mesh, devices)
-    rows = work.rows(data_shards(on))
-    shape = StepShape(rows, rows, rows, work.pages, len(pool_windows(work.config)))
-    return _forward(work, on, shape)
+    return _forward(work, on, _buckets(work, on).shape(work.rows(data_shards(on)), 0))
 
 
 def prefill(devices: list[Any], workload: dict[str, Any], mesh: str) -> Case:
     """`prefill_tokens` of prompts: the engine's step with chunks and no single tokens."""
     work, on = Workload(**workload), make_mesh(mesh, devices)
     rows = work.rows(data_shards(on))
-    chunk = min(work.prefill_tokens, _up(rows * work.context))
-    shape = StepShape(_up(rows) + _up(chunk), rows, rows, work.pages, len(pool_windows(work.config)))
-    return _forward(work, on, shape)
+    chunk = min(work.prefill_tokens, rows * work.context)
+    return _forward(work, on, _buckets(work, on).shape(rows, chunk))
 
 
 def choose(devices: list[Any], workload: dict[str, Any], mesh: str) -> Case:
@@ -117,6 +114,14 @@ def train(devices: list[Any], workload: dict[str, Any], mesh: str) -> Case:
     return Case(_within(on, step.function, 0), (state, batch, key))
 
 
+def _buckets(work: Workload, mesh: Mesh) -> Buckets:
+    """The sizes that an engine for the workload has programs for."""
+    rows = work.rows(data_shards(mesh))
+    config = EngineConfig(max_rows=rows, token_budget=work.prefill_tokens, page_size=work.page_size)
+    alignment = Buckets.row_alignment(mesh.devices.flat[0].device_kind, work.config)
+    return Buckets.of(config, work.pages, len(pool_windows(work.config)), alignment)
+
+
 def _forward(work: Workload, mesh: Mesh, shape: StepShape) -> Case:
     model, params, cache = serving_arrays(work, mesh)
     shards = data_shards(mesh)
@@ -138,7 +143,3 @@ def _within(mesh: Mesh, function: Callable, donated: int) -> Callable:
 
 def _rows(shape: tuple[int, ...], dtype: Any, mesh: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=batch_sharding(mesh, shape))
-
-
-def _up(tokens: int) -> int:
-    return -(-tokens // ALIGNMENT) * ALIGNMENT

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llm_jax.checkpoint.hf import load_config
 from llm_jax.compress.quantize import SCHEMES
-from llm_jax.config import ModelConfig, nearest
+from llm_jax.config import OPTIMIZERS, ModelConfig, nearest
 from llm_jax.config.checks import choice, require
 from llm_jax.models.families import from_hf
 from llm_jax.tpu.chips import chip_of
@@ -50,6 +50,8 @@ class Workload:
         for name in ("batch", "context", "page_size", "prefill_tokens"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         choice("weights", self.weights, tuple(WEIGHTS))
+        choice("optimizer", self.optimizer, tuple(OPTIMIZERS))
+        dataclasses.replace(self.config, remat=self.remat)  # refuses another name
         choice("cache", self.cache, tuple(CACHES))
         most = self.config.max_positions
         require(self.context <= most, "context", self.context, f"at most the model's {most} positions")

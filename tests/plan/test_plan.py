@@ -4,6 +4,9 @@ import dataclasses
 import itertools
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
@@ -19,7 +22,7 @@ from llm_jax.models import describe, init_params
 from llm_jax.plan import report
 from llm_jax.plan.export_worker import engine_programs
 from llm_jax.plan.kernels import Lengths, kernel_cost
-from llm_jax.plan.quote import Quote, arrays_of, quote
+from llm_jax.plan.quote import Quote, StepQuote, arrays_of, conclude, quote
 from llm_jax.plan.search import candidates, meshes, pareto, rank
 from llm_jax.plan.steps import abstract_mesh, device_bytes, serving_arrays, training_arrays
 from llm_jax.plan.workload import Workload, chips, devices, model_config, presets, price_of
@@ -65,7 +68,7 @@ def fullest(tree) -> int:
 @pytest.mark.parametrize("cache", ["bf16", "int8"])
 def test_memory_of_serving_is_that_of_real_arrays(tiny, mesh, cache):
     work = Workload(tiny, batch=16, context=100, cache=cache, page_size=16)
-    model, params, pages = serving_arrays(work, abstract_mesh(mesh))
+    model, params, pages = serving_arrays(work, abstract_mesh(mesh, 8))
     on = make_mesh(mesh)
     real = init_params(describe(work.config), on, jax.random.key(0))
     assert device_bytes(params) == fullest(real)
@@ -77,7 +80,7 @@ def test_memory_of_serving_is_that_of_real_arrays(tiny, mesh, cache):
 @pytest.mark.parametrize("mesh", ["fsdp:8", "data:2,fsdp:2,tensor:2"])
 def test_memory_of_training_is_that_of_real_arrays(tiny, mesh):
     work = Workload(tiny, batch=8, context=64)
-    model, _, state = training_arrays(work, abstract_mesh(mesh))
+    model, _, state = training_arrays(work, abstract_mesh(mesh, 8))
     optimizer = make_optimizer(OptimConfig(learning_rate=1e-3), model, 10)
     real = init_state(model, optimizer, make_mesh(mesh), jax.random.key(0))
     assert device_bytes(state) == fullest(real)
@@ -124,6 +127,8 @@ def test_slices():
         (lambda: Workload("llama3-8b", context=9000), "context=9000: expected at most the model's 8192"),
         (lambda: Workload("llama3-8b", weights="int3"), "weights="),
         (lambda: Workload("llama3-8b", batch=0), "batch=0"),
+        (lambda: Workload("gpt2", context=64, optimizer="adamm"), "optimizer='adamm'"),
+        (lambda: Workload("gpt2", context=64, remat="all"), "remat='all'"),
         (lambda: chips("v5e"), "expected a shape"),
         (lambda: chips("v9:2x2"), "no TPU generation"),
         (lambda: quote(Workload("gpt2", context=64), "v5e:2x2", "tensor:2"), "2 devices.* 4"),
@@ -141,7 +146,36 @@ def test_meshes_are_all_factorizations():
     assert len(found) == len(set(found))
     numbers = [tuple(sizes) for sizes in itertools.product((1, 2, 4, 8, 16), repeat=3)]
     assert len(found) == sum(math.prod(n) == 16 for n in numbers)
-    assert all(abstract_mesh(mesh).size == 16 for mesh in found)
+    assert all(abstract_mesh(mesh, 16).size == 16 for mesh in found)
+    assert abstract_mesh("data:2,tensor:-1", 16).shape["tensor"] == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "unread"),
+    [
+        (["--batches=1,2"], "--batches"),
+        (["--optimizer=lion"], "--optimizer"),
+        (["--sweep=x", "--steps=train"], "--steps"),
+        (["--export_cache=x"], "--export_cache"),
+    ],
+)
+def test_flags_that_nothing_reads_are_refused(given, unread):
+    script = Path(__file__).resolve().parents[2] / "scripts" / "plan.py"
+    done = subprocess.run(
+        [sys.executable, script, "--model=gpt2", "--context=64", *given], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert f"plan.py: {unread}" in done.stderr
+
+
+def test_a_host_that_is_slower_than_the_devices_is_the_limit():
+    step = StepQuote(
+        "decode", 1e-3, "memory", {"memory": 1e-3}, 1000, 0.1, 0.9, {}, 1, 1, 1, 1.0, (), ()
+    )
+    work = Workload("gpt2", batch=1000, context=64)
+    found = conclude(work, "v5e:1x1", "data:1", {"weights": 1}, {"decode": step}, "")
+    assert found.limit == "host"
+    assert found.decode_step_s == pytest.approx(0.5e-3 + 1000 * 22e-6)
 
 
 def test_only_what_can_fit_is_compiled():
