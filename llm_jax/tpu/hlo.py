@@ -226,6 +226,10 @@ class _Reader:
             yield from self.of(x.called("to_apply") or "")
         elif x.opcode == "conditional":
             yield from self.longest(x)
+        elif x.opcode == "custom-call-update":
+            yield self.offloaded(x, where)
+        elif x.opcode == "custom-call-start" and not x.operands:
+            return  # its update hands it the operands
         elif x.opcode.endswith("-done"):
             yield Operation(x.name, x.opcode, part="done", of=x.operands[0])
         else:
@@ -284,6 +288,20 @@ class _Reader:
         inside = sum(a.bytes for a in (*self.operands(x, where), *x.arrays) if a.space == VMEM)
         moved = {"hbm_bytes": self.bytes(x, where), "vmem_bytes": inside}
         return Operation(**common, flops=flops, integers=integers, **moved)
+
+    def offloaded(self, x: Instruction, where: Computation) -> Operation:
+        """What the SparseCores are given to do beside (v5p, v6e, tpu7x): a collective, or a gather."""
+        began = where.instructions[x.operands[0]]
+        named = re.search(r"called_computations=\{%?([\w.\-]+)", began.rest)
+        assert named is not None, began
+        inner = self.module.computations[named[1]]
+        for y in inner.instructions.values():
+            if y.opcode in COLLECTIVES:
+                found = self.costed(dataclasses.replace(y, name=x.name), inner)
+                return dataclasses.replace(found, part="start")
+        given = [a for name in x.operands[1:] for a in where.instructions[name].arrays]
+        moved = sum(a.hbm for a in (*given, *inner.instructions[inner.root].arrays))
+        return Operation(x.name, x.opcode, hbm_bytes=moved, part="start")
 
     def custom(self, x: Instruction, where: Computation, common: dict) -> Operation:
         """A custom call: of the compiler's own, or a Pallas kernel."""

@@ -157,6 +157,47 @@ def test_collectives_of_a_sharded_program():
     assert sorted(only.groups) == [(0, 1, 2, 3), (4, 5, 6, 7)]
 
 
+# As the compiler of a tpu7x writes what its SparseCores do beside: begun empty, given operands, awaited.
+OFFLOADED = """HloModule m
+
+%gather_cores (p: bf16[528,512]) -> bf16[2112,512] {
+  %p = bf16[528,512]{1,0} parameter(0)
+  ROOT %g = bf16[2112,512]{1,0} all-gather(%p), replica_groups={{0,2,4,6},{1,3,5,7}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%take_rows (r: f32[4224], i: s32[1024]) -> f32[1024] {
+  %r = f32[4224]{0} parameter(0)
+  %i = s32[1024]{0} parameter(1)
+  ROOT %t = f32[1024]{0} gather(%r, %i)
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[528,512], r: f32[4224], i: s32[1024]) -> bf16[2112,512] {
+  %x = bf16[528,512]{1,0} parameter(0)
+  %r = f32[4224]{0} parameter(1)
+  %i = s32[1024]{0} parameter(2)
+  %a = ((), (), (s32[8192]{0})) custom-call-start(), called_computations={%gather_cores}
+  %b = ((), (), (s32[8192]{0})) custom-call-start(), called_computations={%take_rows}
+  %u = ((bf16[528,512]{1,0}), bf16[2112,512]{1,0}, (s32[8192]{0})) custom-call-update(%a, %x)
+  %v = ((f32[4224]{0}, s32[1024]{0}), f32[1024]{0}, (s32[8192]{0})) custom-call-update(%b, %r, %i)
+  %w = f32[1024]{0} custom-call-done(%v)
+  ROOT %y = bf16[2112,512]{1,0} custom-call-done(%u)
+}
+"""
+
+
+def test_what_sparse_cores_do_beside():
+    gather, take, taken, gathered = program(OFFLOADED)
+    of_groups = ((0, 2, 4, 6), (1, 3, 5, 7))
+    assert gather.collective == Collective("all-gather", 2112 * 512 * 2, of_groups)
+    assert take.hbm_bytes == 4 * (4224 + 1024 + 1024)
+    assert [x.part for x in (gather, take, taken, gathered)] == ["start", "start", "done", "done"]
+    assert (taken.of, gathered.of) == (take.name, gather.name)
+    line = time_program(
+        (gather, take, taken, gathered), CHIPS["tpu7x"], box("tpu7x:2x2x1"), lambda _: None, ZERO
+    )
+    assert line.limit == "interconnect"
+
+
 def box(topology: str) -> Slice:
     shape = tuple(int(n) for n in topology.partition(":")[2].split("x"))
     places = [tuple(int(i) for i in at) for at in np.ndindex(*shape)]
