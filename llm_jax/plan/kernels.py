@@ -31,75 +31,82 @@ SECOND = 0.9  # share of the limit that is not the kernel's usual one
 
 
 @dataclasses.dataclass(frozen=True)
-class Lengths:
+class Traffic:
     """Tokens that a query sees: `decode` of a single token, `prefill` of a prompt's on average.
 
     windows: of each layer, 0 = none; layers count by their average, as one program runs them all.
+    experts, chosen: of a mixture, how many there are and go through each token, all as often.
     """
 
     decode: int
     prefill: float
     windows: tuple[int, ...]
+    experts: int = 0
+    chosen: int = 0
 
     def seen(self, tokens: float) -> float:
         """Of so many, on average over layers."""
         return sum(min(tokens, w) if w else tokens for w in self.windows) / len(self.windows)
 
+    def used(self, held: int, rows: int) -> float:
+        """How many of the experts that are held some token chose, of so many rows of choices."""
+        return held * (1 - (1 - self.chosen / self.experts) ** (rows / self.chosen))
 
-def kernel_cost(x: Operation, generation: str, lengths: Lengths) -> KernelCost | None:
+
+def kernel_cost(x: Operation, generation: str, traffic: Traffic) -> KernelCost | None:
     """The cost of a kernel of llm_jax/kernels on a device; None for another."""
     known = COSTS.get(x.kernel)
     if known is None:
         return None
-    flops, moved, name = known(x, lengths)
+    flops, moved, name = known(x, traffic)
     at = GENERATIONS.index(generation)
     share = lambda table: table[name][at] if name in table else SECOND  # noqa: E731
     return KernelCost(flops, moved, share(PEAK), share(HBM))
 
 
-def _decode(x: Operation, lengths: Lengths) -> tuple[float, float, str]:
+def _decode(x: Operation, traffic: Traffic) -> tuple[float, float, str]:
     pool, queries = _pool(x), _of_rank(x.given, 3)[0]
-    tokens = queries.dims[0] * lengths.seen(lengths.decode)
+    tokens = queries.dims[0] * traffic.seen(traffic.decode)
     eight = pool.dtype not in ("bf16", "f16", "f32")
     name = "paged_decode, 8 bits" if eight else "paged_decode"
     return 4 * math.prod(queries.dims[1:]) * tokens, tokens * _token_bytes(x), name
 
 
-def _chunk(x: Operation, lengths: Lengths) -> tuple[float, float, str]:
+def _chunk(x: Operation, traffic: Traffic) -> tuple[float, float, str]:
     queries = _of_rank(x.given, 2, floating=True)[0]
-    seen = lengths.seen(lengths.prefill)
+    seen = traffic.seen(traffic.prefill)
     blocks = queries.dims[0] / 512  # each reads the keys again
     moved = 2 * queries.bytes + blocks * seen * _token_bytes(x)
     return 4 * math.prod(queries.dims) * seen, moved, "paged_chunk"
 
 
-def _write(x: Operation, lengths: Lengths) -> tuple[float, float, str]:
-    del lengths
+def _write(x: Operation, traffic: Traffic) -> tuple[float, float, str]:
+    del traffic
     new = _of_rank(x.given, 2, floating=True)[:2]
     return 0.0, 2 * sum(a.bytes for a in new), "paged_write"
 
 
-def _flash(x: Operation, lengths: Lengths) -> tuple[float, float, str]:
-    return _attention(x, lengths, 2), _moved(x), "flash_attention"
+def _flash(x: Operation, traffic: Traffic) -> tuple[float, float, str]:
+    return _attention(x, traffic, 2), _moved(x), "flash_attention"
 
 
-def _flash_keys(x: Operation, lengths: Lengths) -> tuple[float, float, str]:
+def _flash_keys(x: Operation, traffic: Traffic) -> tuple[float, float, str]:
     products = 5 if len(x.made) > 2 else 4  # with or without the queries' gradient
-    return _attention(x, lengths, products), _moved(x), "flash_attention_keys"
+    return _attention(x, traffic, products), _moved(x), "flash_attention_keys"
 
 
-def _flash_queries(x: Operation, lengths: Lengths) -> tuple[float, float, str]:
-    return _attention(x, lengths, 3), _moved(x), "flash_attention_queries"
+def _flash_queries(x: Operation, traffic: Traffic) -> tuple[float, float, str]:
+    return _attention(x, traffic, 3), _moved(x), "flash_attention_queries"
 
 
-def _attention(x: Operation, lengths: Lengths, products: int) -> float:
+def _attention(x: Operation, traffic: Traffic, products: int) -> float:
     """Of so many products of queries and keys; a causal mask leaves half of them."""
     first, second = [a for a in x.given if a.dtype in FLOATING and len(a.dims) >= 3][:2]
-    return products * 2 * math.prod(first.dims) * lengths.seen(second.dims[2]) / 2
+    return products * 2 * math.prod(first.dims) * traffic.seen(second.dims[2]) / 2
 
 
-def _quantized(x: Operation, lengths: Lengths) -> tuple[float, float, str]:
-    del lengths
+def _quantized(x: Operation, traffic: Traffic) -> tuple[float, float, str]:
+    del traffic
     given = [a for a in x.given if len(a.dims) >= 2]
     weight = next(a for a in given if len(a.dims) == 3)
     rows = next(a for a in given if len(a.dims) == 2)
@@ -108,18 +115,21 @@ def _quantized(x: Operation, lengths: Lengths) -> tuple[float, float, str]:
     return 2.0 * rows.dims[0] * depth * columns, moved, "quantized_matmul"
 
 
-def _grouped(x: Operation, lengths: Lengths) -> tuple[float, float, str]:
-    del lengths
-    rows = _of_rank(x.given, 2, floating=True)[0]
+def _grouped(x: Operation, traffic: Traffic) -> tuple[float, float, str]:
+    """The rows of all experts are there, those of the ones held are multiplied: see ops/experts.py."""
+    sizes, _, rows, weights = x.given[:4]
+    held, matrix = sizes.dims[0], weights.bytes / weights.dims[0]
+    mine = held / traffic.experts
     columns = x.made[0].dims[1]
-    return 2.0 * rows.dims[0] * rows.dims[1] * columns, _moved(x), "grouped_matmul"
+    moved = traffic.used(held, rows.dims[0]) * matrix + mine * _bytes((rows, *x.made))
+    return mine * 2.0 * rows.dims[0] * rows.dims[1] * columns, moved, "grouped_matmul"
 
 
-def _grouped_weights(x: Operation, lengths: Lengths) -> tuple[float, float, str]:
-    del lengths
+def _grouped_weights(x: Operation, traffic: Traffic) -> tuple[float, float, str]:
     left, right = _of_rank(x.given, 2, floating=True)[:2]
-    flops = 2.0 * left.dims[0] * left.dims[1] * right.dims[1]
-    return flops, _moved(x), "grouped_matmul_weights"
+    mine = x.made[0].dims[0] / traffic.experts
+    flops = mine * 2.0 * left.dims[0] * left.dims[1] * right.dims[1]
+    return flops, mine * _bytes((left, right)) + _bytes(x.made), "grouped_matmul_weights"
 
 
 COSTS = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from llm_jax.models import describe
 from llm_jax.models.cost import forward_flops
-from llm_jax.plan.kernels import Lengths, kernel_cost
+from llm_jax.plan.kernels import Traffic, kernel_cost
 from llm_jax.plan.steps import abstract_mesh, device_bytes, serving_arrays, training_arrays
 from llm_jax.plan.workload import Workload, chips, devices, price_of
 from llm_jax.sharding import data_shards
@@ -180,8 +180,10 @@ def _step(name: str, work: Workload, program: Program, mesh: str, assumed: Assum
 
 def time_step(work: Workload, program: Program, module: tuple, assumed: Assumptions) -> Timeline:
     """The time model of a compiled step at the workload's lengths."""
-    lengths = Lengths(work.context, work.context / 2, work.config.layer_windows)
-    cost = functools.partial(kernel_cost, generation=program.chip.name, lengths=lengths)
+    config = work.config
+    experts = (config.num_experts, config.experts_per_token)
+    traffic = Traffic(work.context, work.context / 2, config.layer_windows, *experts)
+    cost = functools.partial(kernel_cost, generation=program.chip.name, traffic=traffic)
     place = Slice(program.topology, program.coords)
     return time_program(module, program.chip, place, cost, assumed)
 

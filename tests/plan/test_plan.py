@@ -21,7 +21,7 @@ from llm_jax.infer.llm import LLM
 from llm_jax.models import describe, init_params
 from llm_jax.plan import report
 from llm_jax.plan.export_worker import engine_programs
-from llm_jax.plan.kernels import Lengths, kernel_cost
+from llm_jax.plan.kernels import Traffic, kernel_cost
 from llm_jax.plan.quote import Quote, StepQuote, arrays_of, conclude, quote
 from llm_jax.plan.search import candidates, meshes, pareto, rank
 from llm_jax.plan.steps import abstract_mesh, device_bytes, serving_arrays, training_arrays
@@ -236,30 +236,46 @@ def operation(kernel: str, given: str, made: str = "") -> Operation:
 
 def test_costs_of_kernels_are_arithmetic():
     # 32 sequences of 4,096 tokens, 8 key heads of 128: 537 MB of keys and values in bfloat16.
-    lengths = Lengths(4096, 2048.0, (0,))
+    traffic = Traffic(4096, 2048.0, (0,))
     pages = "bf16:32x1024x2x128x1024"
     cost = kernel_cost(
-        operation("paged_decode", f"s32:3 bf16:32x32x128 bf16:32x2x1024 {pages}"), "v5e", lengths
+        operation("paged_decode", f"s32:3 bf16:32x32x128 bf16:32x2x1024 {pages}"), "v5e", traffic
     )
     assert cost.hbm_bytes == 32 * 4096 * 2 * 8 * 128 * 2
     assert cost.flops == 4 * 32 * 4096 * 32 * 128
     # A causal prompt of 4,096 tokens: 137.4 GFLOP.
     given = "bf16:1x4096x4096 bf16:1x8x4096x128 bf16:1x8x128x4096"
-    cost = kernel_cost(operation("flash_attention", given, "bf16:1x4096x4096"), "v6e", lengths)
+    cost = kernel_cost(operation("flash_attention", given, "bf16:1x4096x4096"), "v6e", traffic)
     assert cost.flops == pytest.approx(137.4e9, rel=1e-3)
     assert cost.peak_share == 0.44
     # A matrix of 4096 x 14336 bytes out of 32.
     given = "s32:1 bf16:16x4096 s8:32x4096x14336 f32:1x14336"
-    cost = kernel_cost(operation("quantized_matmul", given, "bf16:16x14336"), "v5e", lengths)
+    cost = kernel_cost(operation("quantized_matmul", given, "bf16:16x14336"), "v5e", traffic)
     assert cost.hbm_bytes == 4096 * 14336 + 2 * 16 * (4096 + 14336)
     assert cost.flops == 2 * 16 * 4096 * 14336
-    assert kernel_cost(operation("another", "f32:8"), "v5e", lengths) is None
+    # 64 tokens choose 2 of 8 experts, of which a device has 2, in the fourth of 32 layers.
+    mixture = dataclasses.replace(traffic, experts=8, chosen=2)
+    given = "s32:2 s32:1 bf16:128x4096 bf16:64x14336x4096"
+    cost = kernel_cost(operation("grouped_matmul", given, "bf16:128x14336"), "v6e", mixture)
+    assert cost.flops == 2 * 32 * 4096 * 14336
+    assert cost.hbm_bytes == pytest.approx(2 * 2 * 4096 * 14336 + 32 * 2 * (4096 + 14336))
+    # Two tokens touch 1 - 0.75 ** 2 of them.
+    given = "s32:2 s32:1 bf16:4x4096 bf16:64x14336x4096"
+    cost = kernel_cost(operation("grouped_matmul", given, "bf16:4x14336"), "v6e", mixture)
+    assert cost.hbm_bytes == 0.4375 * 2 * 2 * 4096 * 14336 + 2 * (4096 + 14336)
+    cost = kernel_cost(
+        operation("grouped_matmul_weights", "bf16:128x4096 bf16:128x14336 s32:2", "f32:2x14336x4096"),
+        "v6e",
+        mixture,
+    )
+    assert cost.flops == 2 * 32 * 4096 * 14336
+    assert kernel_cost(operation("another", "f32:8"), "v5e", traffic) is None
 
 
 def test_windows_count_by_their_layers():
-    lengths = Lengths(4096, 2048.0, (1024, 0))
-    assert lengths.seen(4096) == (1024 + 4096) / 2
-    assert lengths.seen(100) == 100
+    traffic = Traffic(4096, 2048.0, (1024, 0))
+    assert traffic.seen(4096) == (1024 + 4096) / 2
+    assert traffic.seen(100) == 100
 
 
 def test_arrays_of_names_what_there_is():
