@@ -6,6 +6,7 @@ is ever compiled again, which `misses` counts.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -40,6 +41,7 @@ from llm_jax.sharding import batch_sharding, data_shards
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 16  # of rows with several tokens; see kernels/paged_attention
+SOURCES = r".*/(?=(llm_jax|site-packages)/)"  # what is cut from names of files
 WRITTEN = 8  # slots written at once
 Caches = tuple[PagedCache, ...]  # the model's, and that of a model that drafts
 
@@ -133,6 +135,19 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+@contextlib.contextmanager
+def _sources_by_package() -> Iterator[None]:
+    """Programs name their sources from the package on: a kernel's are part of the key under which JAX's
+    persistent cache has its program, which a machine with the package elsewhere could not find."""
+    name = "jax_hlo_source_file_canonicalization_regex"
+    before = getattr(jax.config, name)
+    jax.config.update(name, before or SOURCES)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
 class ProgramSet:
     """Programs by key, compiled ahead or as they are needed. To be called with the mesh set."""
 
@@ -150,7 +165,7 @@ class ProgramSet:
     def compile_all(self) -> None:
         """Compile everything, on all cores."""
         start, work = time.perf_counter(), self._work()
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        with _sources_by_package(), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(self._compile, work))
         self.compile_s, self._ahead = time.perf_counter() - start, True
         logger.info("%d programs compiled in %.1f s", len(work), self.compile_s)

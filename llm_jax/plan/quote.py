@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from llm_jax.tpu.hlo import each, operations, read_module
 from llm_jax.tpu.links import Slice
 from llm_jax.tpu.timing import Assumptions, Timeline, time_program
 
+# As the compiler says that a program does not fit: what is too large, or its temporaries alone.
+NO_ROOM = ("memory space hbm", "CompileTimeHbmOom")
 RESERVED = 256 << 20  # bytes of HBM that the runtime keeps (v5e: 15.75 of 16 GiB are left)
 # What the engine's host needs for a step, and of that for each row, measured: see docs/plan.md.
 HOST_S, HOST_ROW_S = 500e-6, 22e-6
@@ -108,7 +111,7 @@ def quote(
         try:
             program = compile_for(f"llm_jax.plan.steps:{name}", topology, order, timeout_s=timeout_s)
         except CompileError as error:
-            if "memory space hbm" not in str(error):
+            if not any(words in str(error) for words in NO_ROOM):
                 raise
             return partial(found, str(error))
         found[name] = _step(name, work, program, mesh, assumptions)
@@ -279,6 +282,10 @@ def _advice(work: Workload, topology: str, needs: dict[str, int], limit: int, re
     }[largest]
     if over > 0:
         return f"{gib(over)} more than the {gib(limit)} of a device: most are {largest}, so take {what}"
-    said = refused.split("Exceeded hbm capacity by ")
-    more = f"by {said[1].split()[0].rstrip('.')}" if len(said) > 1 else "by its temporaries"
+    temporaries = re.search(r"HLO temporaries \(([\d.]+)G\)", refused)
+    if temporaries:
+        less = "shorter or fewer sequences for each device: a larger data, fsdp or context axis"
+        return f"the temporaries of a compiled step alone are {temporaries[1]} GiB: take {less}"
+    said = re.search(r"Exceeded hbm capacity by ([\d.]+\w)", refused)
+    more = f"by {said[1]}" if said else "by its temporaries"
     return f"the compiled step does not fit ({more}): most are {largest}, so take {what}"

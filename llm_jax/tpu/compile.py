@@ -42,7 +42,9 @@ ADVICE = {  # what libtpu or Mosaic says: what to do
         "pltpu.CompilerParams if the chip has more"
     ),
     r"memory space smem": "the scalars do not fit SMEM (1 MiB): prefetch fewer of them",
-    r"memory space hbm": "the arrays do not fit HBM: take more chips, shard more, or a smaller batch",
+    r"memory space hbm|CompileTimeHbmOom": (
+        "the arrays do not fit HBM: take more chips, shard more, or a smaller batch"
+    ),
     r"last two dimensions of your block shape": (
         "make the last two axes of the block multiples of (8, 128), or as long as the array's"
     ),
@@ -134,17 +136,38 @@ def compile_for(
     `cache_folder()` by default. Raises ValueError for a wrong target or topology or where libtpu is
     missing, `CompileError` where the compiler refuses, TimeoutError after `timeout_s` seconds.
     """
-    chip_of(topology)
-    settings = SETTINGS | library()
     cache = cache_folder() if cache is None else cache
+    answer = _ask(target, topology, arguments or {}, flags, timeout_s, str(cache.absolute()))
+    return read_program(cache / answer["key"], cached=answer["cached"])
+
+
+def program_key(
+    target: str,
+    topology: str,
+    arguments: dict[str, Any] | None = None,
+    *,
+    flags: str = "",
+    timeout_s: float = 900.0,
+) -> str:
+    """A name for all that `compile_for` would give the compiler, and its version: the same, the same
+    program. Nothing is compiled; raises as it does."""
+    return _ask(target, topology, arguments or {}, flags, timeout_s, "")["key"]
+
+
+def _ask(
+    target: str, topology: str, arguments: dict[str, Any], flags: str, timeout_s: float, cache: str
+) -> dict[str, Any]:
+    """The answer of a process that compiles to `cache`; "" = that lowers and names the program."""
+    chip_of(topology)
+    settings, what = SETTINGS | library(), f"{target} with {arguments} for {topology}"
     with tempfile.TemporaryDirectory(prefix="llm_jax_tpu_") as dump:
         order = {
             "target": target,
             "topology": topology,
-            "arguments": arguments or {},
+            "arguments": arguments,
             "flags": flags,
             "dump": dump,
-            "cache": str(cache.absolute()),
+            "cache": cache,
         }
         inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
         dumped = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true {flags}".strip()
@@ -160,10 +183,8 @@ def compile_for(
                 timeout=timeout_s,
             )
         except subprocess.TimeoutExpired as error:
-            what = f"{target} with {arguments or {}} for {topology}"
             raise TimeoutError(f"{what}: not compiled within {timeout_s:.0f} s") from error
-    log, what = done.stdout + done.stderr, f"{target} with {arguments or {}} for {topology}"
-    last = done.stdout.splitlines()[-1:] if not done.returncode else []
+    log, last = done.stdout + done.stderr, done.stdout.splitlines()[-1:] if not done.returncode else []
     answer = json.loads(last[0]) if last else {"refused": f"the compiler died: {log[-1500:].strip()}"}
     if "wrong" in answer:
         raise ValueError(answer["wrong"])
@@ -173,7 +194,7 @@ def compile_for(
             (f" ({text})" for pattern, text in ADVICE.items() if re.search(pattern, said, re.S)), ""
         )
         raise CompileError(f"{what}: {said[:1500].strip()}{advice}", log)
-    return read_program(cache / answer["key"], cached=answer["cached"])
+    return answer
 
 
 def read_program(folder: Path, *, cached: bool = True) -> Program:

@@ -4,6 +4,7 @@ It has a process of its own because libtpu reads its settings once, when it is l
 machine's TPU, where there is one.
 """
 
+import base64
 import glob
 import gzip
 import hashlib
@@ -24,6 +25,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src.interpreters import mlir
+from jax._src.lib import tpu  # nor to read a kernel's code
+from jax._src.lib.mlir import ir
 from jax._src.pallas.mosaic import tpu_info  # there is no public way to name the chip a kernel asks for
 
 from llm_jax.tpu.case import Case, kernel_integers
@@ -35,12 +39,13 @@ KERNEL_KEPT = (
     ("slots", "*-{name}-*-final_hlo-static-per-bundle-utilization.txt"),
     ("allocations", "*-{name}-*-original.txt"),
 )
+BODY = re.compile(r"(?<=\\22body\\22: \\22)([^\\]*)")  # of a kernel, in a lowered program
 KERNEL = re.compile(r'%([\w.\-]+) = [^\n]*? custom-call\([^\n]*custom_call_target="tpu_custom_call"')
 
 
 def main(order: dict[str, Any]) -> None:
-    """order: target, arguments, topology, flags, dump, cache. Prints {"key", "cached"}, or what went
-    wrong.
+    """order: target, arguments, topology, flags, dump, cache ("" = compile nothing). Prints {"key",
+    "cached"}, or what went wrong.
 
     That is {"wrong": message} where the order cannot be followed, {"refused": message} where the
     function cannot be traced, lowered or compiled.
@@ -70,7 +75,10 @@ def _compiled(order: dict[str, Any], build: Callable[..., Any], devices: list[An
     lowered = _lower(case, devices)
     lower_s = time.perf_counter() - start
     text = lowered.as_text()
-    key = _key(text, order["topology"], order["flags"], case, devices[0].client.platform_version)
+    of_key = (order["topology"], order["flags"], case, devices[0].client.platform_version)
+    key = _key(text, *of_key)
+    if not order["cache"]:
+        return {"key": _key(without_places(text), *of_key), "cached": False}
     place = Path(order["cache"]) / key
     cached = place.is_dir()
     if not cached:
@@ -82,6 +90,19 @@ def _compiled(order: dict[str, Any], build: Callable[..., Any], devices: list[An
         found = {"versions": versions, "coords": _coords(case, devices[0], order["topology"])}
         _keep(place, order, case, compiled, times | found)
     return {"key": key, "cached": cached}
+
+
+def without_places(text: str) -> str:
+    """A lowered program without the files and lines that its Pallas kernels come from."""
+
+    def bare(found: re.Match) -> str:
+        with mlir.make_ir_context() as context:
+            tpu.register_dialect(context)
+            context.allow_unregistered_dialects = True
+            module = ir.Module.parse(base64.b64decode(found[1]))
+            return module.operation.get_asm(enable_debug_info=False)
+
+    return BODY.sub(bare, text)
 
 
 def load(target: str) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from llm_jax.tpu.compile import compile_for  # noqa: E402
+from llm_jax.tpu.compile import compile_for, program_key  # noqa: E402
 from llm_jax.tpu.profile import profile_program  # noqa: E402
 
 FILE = Path(__file__).with_name("budgets.json")
@@ -74,8 +74,9 @@ CASES = [
 
 
 def measure(kernel: str, topology: str, options: dict, cache: Path | None = None) -> dict:
-    """Cycles and shares of one case."""
-    program = compile_for(f"llm_jax.kernels.{kernel}.cases:case", topology, options, cache=cache)
+    """Cycles and shares of one case, and the name of the program that they are those of."""
+    target = f"llm_jax.kernels.{kernel}.cases:case"
+    program = compile_for(target, topology, options, cache=cache)
     report = profile_program(program)
     kernels = report.kernels
     time = sum(k.estimate_us for k in kernels)
@@ -86,6 +87,7 @@ def measure(kernel: str, topology: str, options: dict, cache: Path | None = None
         "share_of_peak_flops": round(peak, 3),
         "compile_s": round(program.compile_s, 1),
         "versions": program.versions,
+        "program": program_key(target, topology, options),
     }
 
 

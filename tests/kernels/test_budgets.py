@@ -1,10 +1,16 @@
-"""No kernel costs more than it did: issued cycles of committed cases, by the compiler's final code."""
+"""No kernel costs more than it did: issued cycles of committed cases, by the compiler's final code.
+
+What the compiler is given is named by its content, without files and lines, and by the compiler's
+version. Where that name is the one kept, so are the cycles, and nothing is compiled; LLM_JAX_COLD=1
+compiles all.
+"""
 
 import json
+import os
 
 import pytest
 
-from llm_jax.tpu.compile import CompileError
+from llm_jax.tpu.compile import CompileError, program_key
 from tests.kernels import budgets
 
 BUDGETS = json.loads(budgets.FILE.read_text())
@@ -17,6 +23,9 @@ pytestmark = pytest.mark.slow
 def test_cycles_do_not_grow(name, kernel, topology, options, tmp_path):
     kept = BUDGETS[name]
     try:
+        named = program_key(f"llm_jax.kernels.{kernel}.cases:case", topology, options)
+        if named == kept["program"] and not os.environ.get("LLM_JAX_COLD"):
+            return
         found = budgets.measure(kernel, topology, options, cache=tmp_path)
     except CompileError:
         raise

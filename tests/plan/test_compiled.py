@@ -1,7 +1,9 @@
 """Quotes of compiled steps: every generation, the compiler's own figures, and published measurements."""
 
+import dataclasses
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -105,6 +107,15 @@ def test_training_and_sequences_that_are_split(small):
     assert set(whole.hbm_bytes) == {"weights", "optimizer", "temporaries", "programs"}
 
 
+EXPORTED = """
+import json, sys
+from pathlib import Path
+import llm_jax
+from llm_jax.plan.export import export_cache
+from llm_jax.plan.workload import Workload
+found = export_cache(Workload(**json.loads(sys.argv[1])), "v5e:2x2", "tensor:4", Path(sys.argv[2]))
+print(Path(llm_jax.__file__).parents[1], found.new)
+"""
 PLACED = """
 from llm_jax.plan.search import TRAINING_AXES, meshes
 from llm_jax.sharding import make_mesh
@@ -158,6 +169,17 @@ def test_a_cold_start_is_warm_the_second_time(small, tmp_path):
     assert first.new > 0
     assert second.new == 0
     assert first.settings == engine_settings(work, "v5e:2x2", "tensor:4")
+    # A package that lies elsewhere makes the same programs.
+    shutil.copytree(ROOT / "llm_jax", tmp_path / "elsewhere" / "llm_jax")
+    third = subprocess.run(
+        [sys.executable, "-c", EXPORTED, json.dumps(dataclasses.asdict(work)), tmp_path],
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "elsewhere")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert third.split() == [str(tmp_path / "elsewhere"), "0"]
 
 
 def test_the_script(small, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llm_jax.tpu.chips import CHIPS
-from llm_jax.tpu.compile import CompileError, compile_for
+from llm_jax.tpu.compile import CompileError, compile_for, program_key
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = Path(__file__).with_name("lab_cases.py")
@@ -180,3 +180,14 @@ def test_the_script(lab, tmp_path):
     assert "bm=128,bk=128,bn=128" in both
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "What this count cannot see" in script("--blind")
+
+
+def test_a_program_is_named_by_what_the_compiler_is_given(tmp_path):
+    """Lines that move do not change the name, another product does."""
+    source = (ROOT / "llm_jax" / "tpu" / "examples.py").read_text()
+    texts = (source, "# one more line\n" + source, source.replace("+= jnp.dot", "+= 2.0 * jnp.dot"))
+    names = []
+    for i, text in enumerate(texts):
+        (tmp_path / f"example{i}.py").write_text(text)
+        names.append(program_key(f"{tmp_path}/example{i}.py:matmul", "v5e:1x1"))
+    assert names[0] == names[1] != names[2]
