@@ -2,7 +2,8 @@
 
 Parameters and activations name their dimensions by meaning ("embed", "heads", "batch", ...). Two
 tables say which mesh axis, if any, splits each name. A dimension that its mesh axis does not divide
-is kept whole on every device of that axis, and that is logged once; only layers must fit their stages.
+is kept whole on every device of that axis, and that is logged once; only layers must fit their stages,
+and a model that serves has its key heads repeated until they fit (`key_heads`).
 """
 
 import functools
@@ -200,6 +201,16 @@ def on_shards(fn: Callable, in_axes: Sequence[tuple], out_like: Sequence[int]) -
         return jax.shard_map(fn, **how, check_vma=False)(*args)
 
     return run
+
+
+def key_heads(heads: int, kv_heads: int, mesh: Any) -> int:
+    """How many key heads stand side by side where each of `kv_heads` is repeated in place, so that every
+    shard of "tensor" has those that its part of `heads` query heads reads: the fewest that it divides.
+
+    kv_heads where "tensor" does not divide the query heads, as these are then kept whole too.
+    """
+    tensor = 1 if mesh.empty else mesh.shape["tensor"]
+    return kv_heads if heads % tensor else math.lcm(kv_heads, tensor)
 
 
 def splits(axis: str, name: str, size: int) -> bool:

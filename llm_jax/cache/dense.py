@@ -7,12 +7,11 @@ W slots, slot = position mod W, so a window layer's memory does not grow with th
 ride in the carry of the layer scan and are updated in place. `Prefill` is the same cache seen by
 a prompt: it attends within the prompt (nothing came before) and stores what decoding will need.
 
-A cache holds lcm(kv heads, tensor shards) heads when the tensor axis does not divide the kv heads, so
-that every shard has the heads its queries read and nothing is communicated inside attention.
+A cache holds the key heads of a model as it is served on the mesh (`sharding.key_heads`): every shard
+has the heads its queries read, and nothing is communicated inside attention.
 """
 
 import dataclasses
-import math
 from functools import partial
 from typing import Any
 
@@ -31,7 +30,7 @@ from llm_jax.ops.attention import (
     prompt_attention,
     split_attention,
 )
-from llm_jax.sharding import COMPUTE, on_shards, placed, sequence_shards, shard
+from llm_jax.sharding import COMPUTE, key_heads, on_shards, placed, sequence_shards, shard
 from llm_jax.tree import PerLayer
 
 POOL = ("layers", "batch", "kv_heads", "slots", "head_dim")
@@ -90,7 +89,7 @@ class DenseCache:
 
     def _apply(self, run, layer, q, k, v, *rest):
         """`run` on the pool and slot of this layer; returns the output and the changed cache."""
-        k, v = (repeat_heads(x, self._heads) for x in (k, v))
+        check_heads(k, self._heads)
         slots = layer_slots(self.windows)
 
         def on(name):
@@ -141,14 +140,6 @@ def layer_slots(windows: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sum(bool(w) == bool(windows[i]) for w in windows[:i]) for i in range(len(windows)))
 
 
-def cached_heads(config: ModelConfig, mesh: Mesh) -> int:
-    """How many key/value heads the cache stores on this mesh (see the module docstring)."""
-    shards = mesh.shape["tensor"]
-    if config.num_heads % shards:
-        return config.num_kv_heads  # queries are not split either
-    return math.lcm(config.num_kv_heads, shards)
-
-
 def ring_windows(config: ModelConfig, size: int) -> tuple[tuple[int, ...], int]:
     """(the window of each layer that a ring holds, 0 = all its tokens are kept; that window's size).
 
@@ -168,7 +159,8 @@ def abstract_dense(
     """Shapes, dtypes and shardings of an empty cache; see `choice.init_cache`."""
     windows, window = ring_windows(config, size)
     num_ring = sum(w > 0 for w in windows)
-    heads, dtype = cached_heads(config, mesh), jnp.dtype(config.cache_dtype)
+    heads = key_heads(config.num_heads, config.num_kv_heads, mesh)
+    dtype = jnp.dtype(config.cache_dtype)
 
     def pool(layers, slots):
         if not layers:
@@ -300,6 +292,10 @@ def _store(pool, slot, new, stacked):
     return jax.lax.dynamic_update_slice(pool, new, where)
 
 
-def repeat_heads(x: jax.Array, heads: int) -> jax.Array:
-    """[B, T, K, H] -> [B, T, heads, H], each head repeated as often as the cache needs."""
-    return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)
+def check_heads(k: jax.Array, held: int) -> None:
+    """ValueError where keys [B, T, K, H] have other heads than the cache that is to take them in."""
+    if k.shape[2] != held:
+        raise ValueError(
+            f"params give keys of {k.shape[2]} heads, a cache on this mesh has {held}: take those of "
+            "`served(model, mesh)`, which `repeat_key_heads` makes (llm_jax.models.key_heads)"
+        )

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llm_jax.cache.dense import cached_heads, layer_slots, repeat_heads
+from llm_jax.cache.dense import check_heads, layer_slots
 from llm_jax.config import ModelConfig
 from llm_jax.kernels.paged_attention.api import paged_attention
 from llm_jax.kernels.paged_attention.reference import read_page, token_rows
 from llm_jax.kernels.paged_attention.types import Pages, Rows, abstract_pages
 from llm_jax.ops.attention import KEY, QUERY, attention_mask, attention_weights
-from llm_jax.sharding import COMPUTE, data_shards, on_shards, placed, shard, zeros
+from llm_jax.sharding import COMPUTE, data_shards, key_heads, on_shards, placed, shard, zeros
 from llm_jax.tree import num_bytes
 
 TOKENS = ("layers", "batch", None, None, "kv_heads")  # of a pool
@@ -78,8 +78,7 @@ class PagedContext:
         """See `AttentionContext`. Where a token is stands in the rows; `positions` are the same."""
         assert options.causal, "a cache serves causal models"
         cache = self.cache
-        heads = cache.pools[0].tokens.shape[-1] // q.shape[-1]
-        k, v = (repeat_heads(x, heads) for x in (k, v))
+        check_heads(k, cache.pools[0].tokens.shape[-1] // q.shape[-1])
         run = functools.partial(_attend, options)
 
         def on(pool):
@@ -146,7 +145,8 @@ def abstract_paged(
     windows, each = pool_windows(config), config.layer_windows
     assert len(windows) == len(pages), f"{pages} for pools of windows {windows}"
     dtype = jnp.dtype(config.cache_dtype if dtype is None else dtype)
-    heads, tensor = cached_heads(config, mesh), mesh.shape["tensor"]
+    heads = key_heads(config.num_heads, config.num_kv_heads, mesh)
+    tensor = mesh.shape["tensor"]
     if heads % tensor:
         raise ValueError(
             f"tensor={tensor} does not divide num_heads={config.num_heads}: take another mesh"

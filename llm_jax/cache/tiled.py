@@ -18,9 +18,8 @@ from jax.sharding import Mesh
 
 from llm_jax.cache.dense import (
     Prefill,
-    cached_heads,
+    check_heads,
     layer_slots,
-    repeat_heads,
     ring_positions,
     ring_windows,
     rows_within,
@@ -29,7 +28,7 @@ from llm_jax.config import ModelConfig
 from llm_jax.kernels.paged_attention.api import contiguous_attention
 from llm_jax.kernels.paged_attention.types import Pages
 from llm_jax.ops.attention import KEY, QUERY, ROWS, prompt_attention
-from llm_jax.sharding import COMPUTE, on_shards, placed, shard
+from llm_jax.sharding import COMPUTE, key_heads, on_shards, placed, shard
 
 POOL = ("layers", "batch", None, None, None, "kv_heads")
 TILES = (128, 64, 32, 16)  # tokens of a tile; a ring has a whole number of them
@@ -86,7 +85,7 @@ class TiledCache:
         """`run` on the shards of this layer's pool; returns the output and the changed cache."""
         pool = next(x for x in (self.full, self.ring) if x is not None)
         heads = pool.shape[-1] // q.shape[-1]
-        k, v = (repeat_heads(x, heads) for x in (k, v))
+        check_heads(k, heads)
         slots = layer_slots(self.windows)  # the layer itself, where all are alike
         alike = self.ring is None or self.full is None
         slot = jnp.asarray(layer if alike else jnp.asarray(slots)[layer], jnp.int32)
@@ -131,7 +130,8 @@ def abstract_tiled(config: ModelConfig, batch: int, size: int, mesh: Mesh) -> Ti
     """Shapes, dtypes and shardings of an empty cache; see `choice.init_cache`."""
     (windows, window), tile = ring_windows(config, size), tile_of(config, size)
     assert tile, f"windows={config.windows}: no whole number of tiles of {TILES} tokens"
-    lanes, dtype = cached_heads(config, mesh) * config.head_dim, jnp.dtype(config.cache_dtype)
+    lanes = key_heads(config.num_heads, config.num_kv_heads, mesh) * config.head_dim
+    dtype = jnp.dtype(config.cache_dtype)
     rings = sum(w > 0 for w in windows)
 
     def pool(layers, tokens):

@@ -8,6 +8,7 @@ parameters is filled shard by shard from the mapped files, so that beside the pa
 of `_BLOCK` bytes of the files is in memory at a time.
 """
 
+import dataclasses
 import functools
 import json
 import logging
@@ -26,7 +27,7 @@ from huggingface_hub.errors import HFValidationError
 from jax.sharding import Mesh
 
 from llm_jax.checkpoint.new_directory import new_directory
-from llm_jax.checkpoint.shards import from_shards
+from llm_jax.checkpoint.shards import Fill, from_shards, repeating
 from llm_jax.checkpoint.tensor_file import TensorFile, write_tensors
 from llm_jax.compress.quantize import Weight, round_by, rounded_weights, row_scales
 from llm_jax.config import ModelConfig
@@ -42,6 +43,7 @@ from llm_jax.models.families import (
 )
 from llm_jax.models.family_tables import Source
 from llm_jax.models.heads import HEADS
+from llm_jax.models.key_heads import own
 from llm_jax.ops.quantized import QTensor, is_quantized
 from llm_jax.tree import flatten, is_per_layer, unflatten
 
@@ -153,7 +155,8 @@ def load_hf(
 ) -> Params:
     """The parameters of a Hugging Face directory, each on its shards of `mesh`.
 
-    dtype: of the parameters in memory; the model's parameter dtype when not given. scheme: of
+    model: as it is described or, to serve, `served` on the mesh; then key heads are repeated as they are
+    read. dtype: of the parameters in memory; the model's parameter dtype when not given. scheme: of
     `compress.quantize.SCHEMES`, by which matrices are rounded as they are read; "" = none.
     Raises ValueError naming the file and the tensor for missing, unexpected or wrongly shaped
     tensors, damaged files, and tied tensors that differ.
@@ -205,9 +208,14 @@ def export_hf(
     The directory appears complete or not at all. Parameters are brought to the host one at a time;
     they must be addressable from this process. generation_config: as `load_generation_config` gives
     it; its token ids go to config.json too. max_shard_bytes: largest file (one tensor at least).
-    Raises ValueError when the family cannot express the model, when parameters are quantized, or the
-    directory holds something.
+    Raises ValueError when the family cannot express the model, when parameters are quantized or have key
+    heads repeated, or the directory holds something.
     """
+    if own(model) is not model:
+        raise ValueError(
+            "params have key heads repeated for a mesh, which no directory holds: export those they "
+            "come from"
+        )
     if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
         raise ValueError("params are quantized, which no directory holds: export those they come from")
     generation = _one_id(generation_config or {})
@@ -232,11 +240,13 @@ def export_hf(
 class _Checkpoint:
     """The tensors of a directory, matched with the parameters of a model.
 
-    sources: our path -> `Source`; missing: our path -> names that the directory lacks.
+    held: the model that is read; model: the same with each key head once, as files have it. sources: our
+    path -> `Source`; missing: our path -> names that the directory lacks.
     """
 
     def __init__(self, directory: Path, model: Model):
-        self.directory, self.model = directory, model
+        self.directory, self.held = directory, model
+        self.model = model = own(model)
         self.shapes = flatten(model.shapes)
         self.family = family(model.config.family)
         self.sources = sources(model.config, self.shapes)
@@ -280,18 +290,16 @@ class _Checkpoint:
 
     def read(self, paths: Sequence[str], mesh: Mesh, dtype: str | None) -> dict[str, jax.Array]:
         """Our parameters, each born on its shards."""
-        shardings = flatten(self.model.shardings(mesh))
+        shapes, shardings = flatten(self.held.shapes), flatten(self.held.shardings(mesh))
         for path in paths:
             self._check_shapes(path)
-        return {
-            path: from_shards(
-                self.shapes[path].shape,
-                jnp.dtype(dtype or self.shapes[path].dtype),
-                shardings[path],
-                lambda shard, index, path=path: self._fill(path, shard, index),
-            )
-            for path in paths
-        }
+
+        def born(path: str) -> jax.Array:
+            shape, kept = shapes[path].shape, jnp.dtype(dtype or shapes[path].dtype)
+            fill = repeating(functools.partial(self._fill, path), self.shapes[path].shape, shape)
+            return from_shards(shape, kept, shardings[path], fill)
+
+        return {path: born(path) for path in paths}
 
     def _fill(self, path: str, shard: np.ndarray, index: tuple[slice, ...]) -> None:
         """Copy the part `index` of a parameter into `shard`, tensor by tensor."""
@@ -321,8 +329,9 @@ class _Checkpoint:
     def read_rounded(self, path: str, weight: Weight, mesh: Mesh) -> QTensor:
         """One of our matrices in int8, born on its shards; all of it is read first for its scales."""
         self._check_shapes(path)
-        names, like = self.names(path), weight.abstract()
-        scales = np.empty((len(names), like.scale.shape[-1]), np.float32)
+        names, held = self.names(path), weight.abstract()
+        once = dataclasses.replace(weight, out=self.layer_shape(path)[:-1]).abstract()
+        scales = np.empty((len(names), once.scale.shape[-1]), np.float32)
         for row, name in zip(scales, names, strict=True):
             for at, block in self._blocks(name, path, slice(0, len(row))):
                 row[at] = row_scales(block, np)
@@ -342,11 +351,14 @@ class _Checkpoint:
                     by_row[at.start - rows.start : at.stop - rows.start] = values
 
         def fill_scale(shard: np.ndarray, index: tuple[slice, ...]) -> None:
-            shard[...] = scales.reshape(like.scale.shape)[index]
+            shard[...] = scales.reshape(once.scale.shape)[index]
 
-        places = weight.shardings(mesh)
-        q = from_shards(like.q.shape, np.dtype(np.int8), places.q, fill)
-        return weight.like(q, from_shards(like.scale.shape, scales.dtype, places.scale, fill_scale))
+        def born(part: str, fill: Fill) -> jax.Array:
+            like, place = getattr(held, part), getattr(weight.shardings(mesh), part)
+            fill = repeating(fill, getattr(once, part).shape, like.shape, math.prod(weight.out[1:]))
+            return from_shards(like.shape, np.dtype(like.dtype), place, fill)
+
+        return weight.like(born("q", fill), born("scale", fill_scale))
 
     def _check_shapes(self, path: str) -> None:
         expected = _stored_shape(self.layer_shape(path), self.splits[path], self.sources[path])

@@ -19,6 +19,7 @@ from llm_jax.checkpoint.new_directory import new_directory
 from llm_jax.checkpoint.tensor_file import TensorFile, write_tensors
 from llm_jax.models import Model, Params
 from llm_jax.models.families import canonical_name, family, has_prefix, sources
+from llm_jax.models.key_heads import own
 from llm_jax.models.lora import LoraModel
 from llm_jax.ops.linear import LowRank
 from llm_jax.tree import flatten
@@ -78,11 +79,12 @@ def export_peft(directory: str | Path, lora: LoraModel, adapters: Params, *, bas
 def load_peft(directory: str | Path, model: Model) -> dict[str, LowRank]:
     """{path: LowRank without its base} of an adapter that PEFT saved, float32: a [L, R, C], b [L, O, R].
 
+    model: as it is described, or as it is `served`; b has each key head once for both.
     Scales are in b, so `scale` is 1; layers without an adapter have zeros, those of a smaller rank too.
     GPT-2's adapter of query, key and value in one matrix becomes three with the same a. ValueError with
     the file, and what in it is no low-rank change of weights of this model.
     """
-    directory = Path(directory)
+    directory, model = Path(directory), own(model)
     config, file = _read_config(directory), _adapter_file(directory)
     reader = _Reader(config, file, model)
     pairs = dict(reader.pairs())

@@ -16,18 +16,17 @@ from typing import Any, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from llm_jax.config.checks import choice
-from llm_jax.ops.quantized import QTensor, in_order
-from llm_jax.sharding import is_axes, placed, shardings
+from llm_jax.ops.quantized import QTensor, in_order, lies_for_kernel, places
+from llm_jax.sharding import is_axes, placed
 from llm_jax.tree import flatten, unflatten
 
 SCHEMES = ("int8", "w8a8")  # weights alone; activations too, as they come, each token's by itself
 FLOATS = ("", "float32", "bfloat16", "float16")
 SMALLEST = 1e-30  # of a scale times 127, so that it is a normal number where a row is nothing but zeros
 HEAD = "lm_head/weight"
-LANES = 128  # columns of a tile on TPUs: XLA copies a matrix [C, O] with other O at every use
 T = TypeVar("T")
 
 
@@ -70,12 +69,8 @@ class Weight:
         return self.like(q, jax.ShapeDtypeStruct((*self.lead, columns), jnp.float32))
 
     def shardings(self, mesh: Mesh) -> QTensor:
-        """NamedSharding of its parts: the first axis of the outputs is divided, in whole units of it."""
-        lead, (inner, out) = ("layers",) * len(self.lead), self.axes
-        names = self.like((*lead, *self.in_order(inner, out)), (*lead, out))
-        sizes = (*self.lead, *self.in_order(self.inner, self.out[0])), (*self.lead, self.out[0])
-        units = self.like(*(jax.ShapeDtypeStruct(size, jnp.int8) for size in sizes))
-        return shardings(names, units, mesh)
+        """NamedSharding of its parts; see `places`."""
+        return places(self.abstract(), mesh)
 
 
 def read_weights(weights: str, dtype: str = "") -> tuple[str, str]:
@@ -102,15 +97,9 @@ def rounded_weights(model: Described, mesh: Mesh, scheme: str) -> dict[str, Weig
         *lead_out, inner = shape.shape
         lead, out = tuple(lead_out[:stacked]), tuple(lead_out[stacked:])
         weight = Weight(lead, out, inner, (names[-1], names[stacked]), False, scheme == "w8a8")
-        found[path] = dataclasses.replace(weight, transposed=not _for_kernel(weight, mesh))
+        transposed = not lies_for_kernel(weight.abstract(), mesh)
+        found[path] = dataclasses.replace(weight, transposed=transposed)
     return found
-
-
-def _for_kernel(weight: Weight, mesh: Mesh) -> bool:
-    """Whether the TPU kernel multiplies by it: a device has whole tiles of its columns."""
-    scale = weight.abstract().scale
-    columns = weight.shardings(mesh).scale.shard_shape(scale.shape)[-1]
-    return _platform(mesh) == "tpu" and columns % LANES == 0
 
 
 def round_rows(w: Any, xp: Any) -> tuple[Any, Any]:
@@ -163,8 +152,3 @@ def quantized_shapes(model: Described, mesh: Mesh, scheme: str = "int8") -> dict
 def _quantized(w: jax.Array, weight: Weight) -> QTensor:
     values, scale = round_rows(w.reshape(*weight.lead, -1, weight.inner), jnp)
     return weight.like(values if weight.transposed else values.swapaxes(-1, -2), scale)
-
-
-def _platform(mesh: Mesh | AbstractMesh) -> str:
-    """Of its devices; an abstract one, which has none, is asked for sizes alone."""
-    return "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform

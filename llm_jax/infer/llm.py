@@ -32,6 +32,7 @@ from llm_jax.infer.replies import Output, Reply, best_of
 from llm_jax.infer.scoring import score_at_once, score_strictly
 from llm_jax.infer.timeline import Timeline
 from llm_jax.models import Model, Params, describe
+from llm_jax.models.key_heads import repeat_key_heads, served
 from llm_jax.ops.sampling import SamplingParams
 from llm_jax.sharding import make_mesh
 from llm_jax.tree import unstack
@@ -59,6 +60,8 @@ class Stats:
 
 class LLM:
     """A causal language model ready to generate, on a mesh.
+
+    Its `model` and `params` are as they serve there, see models/key_heads.py.
 
     Args:
         model: Hugging Face directory or hub id; None takes the bundled demo model.
@@ -102,7 +105,7 @@ class LLM:
             cache_dtype=cache_dtype or dtype,
             attention=attention,
         )
-        described = describe(config)
+        described = served(describe(config), mesh)
         params = load_hf(directory, described, mesh, scheme=scheme)
         self._setup(
             described, params, mesh, load_tokenizer(directory), max_batch, steps_per_dispatch, seed
@@ -121,9 +124,13 @@ class LLM:
         steps_per_dispatch: int = 8,
         seed: int = 0,
     ) -> "LLM":
-        """From parameters at hand, e.g. those being trained; without a tokenizer, prompts are ids."""
+        """From parameters at hand, e.g. those being trained; without a tokenizer, prompts are ids.
+
+        They stay as they are: those with key heads that the mesh does not divide are copied.
+        """
         self = cls.__new__(cls)
         mesh = _inference_mesh(mesh)
+        params, model = repeat_key_heads(params, model, mesh), served(model, mesh)
         self._setup(model, params, mesh, tokenizer, max_batch, steps_per_dispatch, seed)
         self.generation_config = {}
         return self

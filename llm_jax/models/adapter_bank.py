@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from llm_jax.config import LoraConfig
 from llm_jax.models.describe import Model, Params
+from llm_jax.models.key_heads import own
 from llm_jax.models.lora import LoraModel, matching
 from llm_jax.models.moe import MOE
 from llm_jax.ops.linear import LowRank, LowRankBank, is_bank
@@ -34,9 +35,9 @@ HostChange = dict[str, tuple[np.ndarray, np.ndarray]]  # path: a [L, r, C], b [L
 class AdapterBank:
     """Room for `places` changes, each of rank up to `rank`, of the weights of every layer.
 
-    targets: patterns of the paths that have room, () for all weights of the layers but those of experts.
-    Arrays are in the parameter dtype, split over `mesh` as the weights are. ValueError for patterns that
-    cannot be.
+    model: as it is served; changes have each key head once. targets: patterns of the paths that have
+    room, () for all weights of the layers but those of experts. Arrays are in the parameter dtype, split
+    over `mesh` as the weights are. ValueError for patterns that cannot be.
     """
 
     def __init__(self, model: Model, places: int, rank: int, mesh: Mesh, targets: tuple[str, ...] = ()):
@@ -44,10 +45,12 @@ class AdapterBank:
         weights = [path for path, names in contract.items() if names and path.startswith("layers/")]
         weights = [path for path in weights if not path.startswith(MOE)]
         found = matching(targets or (".",), weights, "EngineConfig.adapter_targets")
-        lora = LoraModel(model, LoraConfig(places * rank, targets=tuple(f"^{path}$" for path in found)))
+        wide = LoraConfig(places * rank, targets=tuple(f"^{path}$" for path in found))
+        lora = LoraModel(model, wide)
         self.targets, self.places, self.rank, self.mesh = lora.targets, places, rank, mesh
         self.dtype = jnp.dtype(model.config.param_dtype)
         self._shapes, self._shardings = flatten(lora.shapes), flatten(lora.shardings(mesh))
+        self._given = flatten(LoraModel(own(model), wide).shapes)  # what changes look like
 
     def init(self, params: Params) -> dict[str, LowRankBank]:
         """Empty places (zeros), layer by layer where the weights are so."""
@@ -104,7 +107,7 @@ class AdapterBank:
 
     def _pack(self, path: str, change: LowRank, name: str) -> tuple[np.ndarray, np.ndarray]:
         a, b = (_on_host(x) for x in (change.a, change.b))
-        shapes = [self._shapes[f"{path}/{part}"].shape for part in "ab"]
+        shapes = [self._given[f"{path}/{part}"].shape for part in "ab"]
         rank = b.shape[-1]
         if rank > self.rank:
             raise ValueError(
@@ -134,8 +137,9 @@ class AdapterBank:
             a = np.zeros((*of_a[:-2], self.rank, of_a[-1]), self.dtype)
             b = np.zeros((*of_b[:-1], self.rank), self.dtype)
             if path in change:
-                rank = change[path][1].shape[-1]
-                a[..., :rank, :], b[..., :rank] = change[path]
+                of_change = change[path][1]
+                rank, times = of_change.shape[-1], of_b[1] // of_change.shape[1]
+                a[..., :rank, :], b[..., :rank] = change[path][0], np.repeat(of_change, times, axis=1)
             full[path] = a, b
         return full
 

@@ -28,7 +28,7 @@ class Model:
 
     config: ModelConfig
     graphdef: nnx.GraphDef
-    shapes: Params  # ShapeDtypeStruct in the parameter dtype
+    shapes: Params  # ShapeDtypeStruct in the parameter dtype; to serve, as `key_heads.served` has them
     axes: Params  # logical axis names, a tuple for each leaf
     contract: Params  # the axes that products sum over, a tuple for each leaf
 

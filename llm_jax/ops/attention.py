@@ -8,7 +8,6 @@ step reads once per token.
 """
 
 import dataclasses
-import math
 from functools import partial
 from typing import Protocol, Self
 
@@ -20,7 +19,7 @@ from llm_jax.kernels.flash_attention.api import choose, flash_attention
 from llm_jax.kernels.forms import BLOCKS, FORMS, note, pick
 from llm_jax.kernels.tuning import bucket, table_key
 from llm_jax.ops.ring import Parts, ring_attention
-from llm_jax.sharding import on_shards, sequence_shards, shard
+from llm_jax.sharding import key_heads, on_shards, sequence_shards, shard
 
 CAUSAL_BLOCK = 128  # fewest queries in a block of `attention_in_blocks`
 QUERY = ("batch", "slots", "heads", "head_dim")
@@ -309,14 +308,10 @@ def _part_shapes(q, k, tokens: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def repeated_for_tensor(q, k, v) -> tuple[jax.Array, jax.Array]:
     """k and v [B, T, K, H] with heads repeated where the tensor axis splits queries but not keys: then
-    each shard has what its queries read.
+    each shard has what its queries read. In training alone: see models/key_heads.py.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    tensor = 1 if mesh.empty else mesh.shape["tensor"]
-    if q.shape[2] % tensor or k.shape[2] % tensor == 0:
-        return k, v
-    times = math.lcm(k.shape[2], tensor) // k.shape[2]
-    return jnp.repeat(k, times, axis=2), jnp.repeat(v, times, axis=2)
+    times = key_heads(q.shape[2], k.shape[2], jax.sharding.get_abstract_mesh()) // k.shape[2]
+    return (k, v) if times == 1 else (jnp.repeat(k, times, axis=2), jnp.repeat(v, times, axis=2))
 
 
 @jax.tree_util.register_dataclass

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+from jax.sharding import AbstractMesh, Mesh
 
 from llm_jax.kernels.forms import note
 from llm_jax.kernels.quantized_matmul.api import choose, quantized_matmul
 from llm_jax.kernels.tuning import bucket, table_key
-from llm_jax.sharding import COMPUTE, PARAMS, spec
+from llm_jax.sharding import COMPUTE, PARAMS, shardings, spec
 
+LANES = 128  # columns of a tile on TPUs: XLA copies a matrix [C, O] with other O at every use
 T = TypeVar("T")
 
 
@@ -47,6 +49,29 @@ def in_order(inner: T, out: T, transposed: bool) -> tuple[T, T]:
 def is_quantized(leaf: Any) -> bool:
     """Whether `leaf` is a `QTensor`, for `is_leaf=`."""
     return isinstance(leaf, QTensor)
+
+
+def places(w: QTensor, mesh: Mesh) -> QTensor:
+    """NamedSharding of its parts: the first axis of the outputs is divided, in whole units of it."""
+    lead, (inner, out) = ("layers",) * (w.scale.ndim - 1), w.axes
+    depth = in_order(*w.q.shape[-2:], w.transposed)[0]
+    sizes = in_order(depth, w.out[0], w.transposed)
+    names = dataclasses.replace(w, q=(*lead, *in_order(inner, out, w.transposed)), scale=(*lead, out))
+    units = dataclasses.replace(
+        w,
+        q=jax.ShapeDtypeStruct((*w.q.shape[:-2], *sizes), w.q.dtype),
+        scale=jax.ShapeDtypeStruct((*w.scale.shape[:-1], w.out[0]), w.scale.dtype),
+    )
+    return shardings(names, units, mesh)
+
+
+def lies_for_kernel(w: QTensor, mesh: Mesh | AbstractMesh) -> bool:
+    """Whether the TPU kernel is to multiply by it, so that q is [C, O]: a device has whole tiles of
+    columns. An abstract mesh, which has no devices, is asked for sizes alone.
+    """
+    columns = places(w, mesh).scale.shard_shape(w.scale.shape)[-1]
+    platform = "" if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0].platform
+    return platform == "tpu" and columns % LANES == 0
 
 
 def scannable(layers: Any) -> tuple[Any, Callable[[Any, jax.Array], Any]]:

@@ -4,7 +4,8 @@ Letters: B batch, T tokens, C tokens that are recorded, P patches at a point, S 
 
 The model calls `tap` at each point. Only a `TapContext` answers it: with every other context the value
 is what it was, so a program without taps has no trace of them. Queries, keys, values, heads and maps
-pass through `attend` anyway, and need no call of their own.
+pass through `attend` anyway, and need no call of their own. Where key heads are repeated
+(models/key_heads.py), the first of each is recorded and all are patched.
 """
 
 import dataclasses
@@ -138,6 +139,8 @@ class TapContext:
         here = jnp.asarray(dict(self.record)[point]) == layer
         place = jnp.where(here.any(), jnp.argmax(here), len(here))  # one past the last is dropped
         held = self.records[point]
+        if x.ndim == 4:  # heads
+            x = x[:, :, :: x.shape[2] // held.shape[3]]
         new = held.at[place].set(x.astype(held.dtype), mode="drop")
         return dataclasses.replace(self, records=self.records | {point: new})
 
@@ -149,6 +152,9 @@ def _take(x: jax.Array, keep: jax.Array) -> jax.Array:
 
 def _patched(x: jax.Array, patches: PatchRows, layer: jax.Array | int) -> jax.Array:
     """x [B, T, ...], changed where patches of this layer say so and the same in every bit elsewhere."""
+    if x.ndim == 4:  # heads
+        values = jnp.repeat(patches.values, x.shape[2] // patches.values.shape[2], axis=2)
+        patches = dataclasses.replace(patches, values=values)
     token = jnp.arange(x.shape[1])[None, None]
     here = (token >= patches.first[..., None]) & (token < patches.end[..., None])
     here &= (patches.layers == layer)[..., None]  # [B, P, T]

@@ -5,7 +5,7 @@ Letters: D embed, N query heads, K key/value heads, H head dim, E experts.
     point       shape        what it is
     embed       [D]          what enters the first layer
     q           [N, H]       queries, after their norm and rotation
-    k, v        [K, H]       keys, likewise, and values: what the cache holds
+    k, v        [K, H]       keys, likewise, and values: what the cache holds, each head once
     attn_probs  [N, keys]    the attention map; it cannot be patched
     heads       [N, H]       each head's mix of values, before the output projection
     attn_out    [D]          what attention gives, before a norm that may follow and the residual sum

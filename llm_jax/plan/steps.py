@@ -20,6 +20,7 @@ from llm_jax.config import EngineConfig, OptimConfig
 from llm_jax.engine.programs import Buckets
 from llm_jax.infer.paged_steps import StepShape, init_slots, make_paged_forward, make_paged_sample
 from llm_jax.models import Model, Params, describe
+from llm_jax.models.key_heads import served
 from llm_jax.ops.sampling import GREEDY
 from llm_jax.plan.workload import CACHES, Workload
 from llm_jax.sharding import (
@@ -47,8 +48,8 @@ def abstract_mesh(mesh: str, count: int) -> AbstractMesh:
 
 
 def serving_arrays(work: Workload, mesh: Any) -> tuple[Model, Params, PagedCache]:
-    """(model, abstract weights, abstract cache) on a mesh, abstract or not."""
-    model = describe(work.config)
+    """(model as it is served, abstract weights, abstract cache) on a mesh, abstract or not."""
+    model = served(describe(work.config), mesh)
     if work.scheme:
         params = quantized_shapes(model, mesh, work.scheme)
     else:

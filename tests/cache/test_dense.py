@@ -1,16 +1,14 @@
 """A cache must not change what the model says: decoding equals the forward pass over the whole text."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llm_jax.cache import init_cache
-from llm_jax.cache.dense import cached_heads
 from llm_jax.config import ModelConfig
 from llm_jax.models import describe, init_params
+from llm_jax.models.key_heads import repeat_key_heads
 from llm_jax.ops.attention import FullContext
 from llm_jax.sharding import make_mesh
 from llm_jax.tree import unstack
@@ -27,7 +25,8 @@ def config(windows=()):
 
 def run(model, mesh, per_layer, tokens):
     """Logits of the whole text, and of prompt, two single tokens and a chunk of three by the cache."""
-    params = init_params(model, mesh, jax.random.key(0))
+    trained = init_params(model, mesh, jax.random.key(0))
+    params = repeat_key_heads(trained, model, mesh)
     if per_layer:
         params = dict(params, layers=unstack(params["layers"]))
     positions = jnp.broadcast_to(jnp.arange(T)[None], (B, T))
@@ -53,7 +52,7 @@ def run(model, mesh, per_layer, tokens):
 
     rows = np.arange(B)
     with jax.set_mesh(mesh):
-        expected = np.asarray(full(params))
+        expected = np.asarray(full(trained))
         cache = init_cache(model.config, B, 32, mesh, per_layer=per_layer)
         logits, cache = prefill(params, cache, tokens[:, :8], jnp.asarray(LENGTHS))
         pairs = [(np.asarray(logits)[rows, LENGTHS - 1], expected[rows, LENGTHS - 1])]
@@ -93,14 +92,6 @@ def test_take_reorders_rows():
     np.testing.assert_array_equal(taken.length, np.asarray(cache.length)[np.asarray(rows)])
     for old, new in zip(jax.tree.leaves(cache.full), jax.tree.leaves(taken.full), strict=True):
         np.testing.assert_array_equal(new, np.asarray(old)[:, np.asarray(rows)])
-
-
-@pytest.mark.parametrize("shards", [1, 2, 4, 8])
-def test_cached_heads_divide_over_the_shards_and_group_the_queries(shards):
-    cfg = config()
-    heads = cached_heads(cfg, make_mesh({"tensor": shards}))
-    assert heads == math.lcm(cfg.num_kv_heads, shards)
-    assert heads % shards == 0 and cfg.num_heads % heads == 0
 
 
 def test_windows_of_several_sizes_are_refused():

@@ -17,6 +17,7 @@ from llm_jax.cache.paged import (
 from llm_jax.config import ModelConfig
 from llm_jax.infer.paged_steps import StepShape, make_paged_forward
 from llm_jax.models import describe, init_params
+from llm_jax.models.key_heads import repeat_key_heads
 from llm_jax.ops.attention import FullContext
 from llm_jax.sharding import data_shards, make_mesh
 from llm_jax.tree import num_bytes
@@ -93,6 +94,7 @@ def test_pieces_of_texts_equal_the_whole_forward(windows, mesh, dtype, bound):
     params = init_params(model, mesh, jax.random.key(0))
     tokens = np.asarray(jax.random.randint(jax.random.key(1), (4 * shards, TOKENS), 0, VOCAB))
     expected = whole(model, params, tokens)
+    params = repeat_key_heads(params, model, mesh)
     pools, per_row = len(pool_windows(model.config)), -(-TOKENS // page)
     rng = np.random.default_rng(0)
     tables = [

@@ -12,6 +12,7 @@ from llm_jax.cache.tiled import abstract_tiled, tile_of, why_not_tiled
 from llm_jax.config import ModelConfig
 from llm_jax.infer.steps import make_forward, make_prefill
 from llm_jax.models import describe, init_params
+from llm_jax.models.key_heads import repeat_key_heads
 from llm_jax.ops.attention import AttentionOptions, FullContext
 from llm_jax.sharding import make_mesh, zeros
 
@@ -62,7 +63,7 @@ def test_decoding_equals_the_whole_forward(windows, mesh):
             return net(params).unembed(hidden)
 
         expected = np.asarray(full(params))
-        cache = empty(model, mesh)
+        params, cache = repeat_key_heads(params, model, mesh), empty(model, mesh)
         logits, cache = make_prefill(model)(params, cache, tokens[:, :40], jnp.asarray(LENGTHS))
         np.testing.assert_allclose(logits, expected[rows, LENGTHS - 1], atol=2e-5)
         for step in range(3):

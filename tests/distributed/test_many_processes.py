@@ -14,10 +14,12 @@ import pytest
 from llm_jax import LLM, SamplingParams
 from llm_jax.checkpoint.store import latest_step
 from llm_jax.config import ClassificationConfig, LanguageModelConfig, from_dict
+from llm_jax.data.tokenizer import ByteTokenizer
 from llm_jax.distributed import LOST
 from llm_jax.sharding import make_mesh
 from llm_jax.train import classification, language_model
 from llm_jax.train.metrics_log import read_metrics
+from tests import tiny as tiny_models
 from tests.distributed import tiny_member
 from tests.distributed.launching import ROOT, TOLERANCE, assert_same_curve, numbers, run, start
 
@@ -107,13 +109,20 @@ def test_a_classifier_trains_as_in_one_process(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("processes", "devices", "mesh"), [(2, 2, "data:2,tensor:2"), (4, 1, "tensor:4")]
+    ("processes", "devices", "mesh"),
+    [(2, 2, "data:2,tensor:2"), (4, 1, "tensor:4"), (2, 3, "tensor:6")],
 )
 def test_generation_has_the_tokens_of_one_process(processes, devices, mesh, tmp_path):
+    """The last of a model with 2 key heads, of which each process reads those of its devices."""
     prompts = ["我喜欢编程。", "Once upon a time", "今天"]
     sampling = SamplingParams(max_new_tokens=20, temperature=0.8, top_p=0.9, seed=5, n=2)
-    wanted = LLM(mesh=make_mesh(mesh)).generate(prompts, sampling)
+    model = None
+    if mesh == "tensor:6":
+        model = tmp_path / "model"
+        tiny_models.DECODERS["qwen2"].save_for(model, ByteTokenizer(), max_position_embeddings=128)
+    wanted = LLM(model, mesh=make_mesh(mesh)).generate(prompts, sampling)
     flags = [f"--prompt={prompt}" for prompt in prompts]
+    flags += [] if model is None else [f"--model={model}"]
     flags += [
         "--max_new_tokens=20",
         "--temperature=0.8",

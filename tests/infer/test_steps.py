@@ -12,6 +12,7 @@ from llm_jax.cache import init_cache
 from llm_jax.config import ModelConfig
 from llm_jax.infer.steps import DecodeState, make_decode, make_forward, make_prefill
 from llm_jax.models import describe, init_params
+from llm_jax.models.key_heads import served
 from llm_jax.ops.sampling import SamplingParams, pack
 from llm_jax.sharding import batch_sharding, make_mesh
 
@@ -34,7 +35,7 @@ def abstract(model, mesh, batch=4):
 
 
 def forward_text(layers, mesh):
-    model = describe(dataclasses.replace(CONFIG, num_layers=layers))
+    model = served(describe(dataclasses.replace(CONFIG, num_layers=layers)), mesh)
     with jax.set_mesh(mesh):
         params, cache = abstract(model, mesh)
         tokens = jax.ShapeDtypeStruct((4,), jnp.int32, sharding=batch_sharding(mesh, (4,)))
@@ -46,8 +47,10 @@ def collectives(text):
     return sorted(re.findall(rf" ({kinds})(?:-start)?\(", text))
 
 
-def test_the_decode_step_has_two_all_reduces_a_layer_and_no_other_collective_in_the_scan():
-    text = forward_text(4, make_mesh("data:2,tensor:4"))
+@pytest.mark.parametrize("mesh", ["data:2,tensor:4", "tensor:8"])
+def test_the_decode_step_has_two_all_reduces_a_layer_and_no_other_collective_in_the_scan(mesh):
+    """On the second mesh 4 key heads are repeated (models/key_heads.py)."""
+    text = forward_text(4, make_mesh(mesh))
     # in the scanned body: after wo and after down; outside: the sharded embedding, the gathered logits
     assert collectives(text) == ["all-gather"] + ["all-reduce"] * 3
 

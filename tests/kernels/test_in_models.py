@@ -13,6 +13,7 @@ from llm_jax.config import ModelConfig
 from llm_jax.infer.steps import make_prefill
 from llm_jax.kernels.flash_attention.api import flash_attention
 from llm_jax.models import describe, init_params
+from llm_jax.models.key_heads import repeat_key_heads
 from llm_jax.ops import attention
 from llm_jax.ops.attention import AttentionOptions, FullContext
 from llm_jax.sharding import make_mesh
@@ -98,7 +99,7 @@ def test_windows_that_differ_between_scanned_layers(on_tpu, mesh):
 def test_prompts(on_tpu, mesh):
     mesh = make_mesh(mesh)
     model = describe(CONFIG)
-    params = init_params(model, mesh, jax.random.key(0))
+    params = repeat_key_heads(init_params(model, mesh, jax.random.key(0)), model, mesh)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 192)), jnp.int32)
     lengths = jnp.asarray([192, 130, 1, 77], jnp.int32)
 

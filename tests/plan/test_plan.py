@@ -19,6 +19,7 @@ from llm_jax.config import EngineConfig, OptimConfig
 from llm_jax.engine.engine import Engine
 from llm_jax.infer.llm import LLM
 from llm_jax.models import describe, init_params
+from llm_jax.models.key_heads import repeat_key_heads
 from llm_jax.plan import report
 from llm_jax.plan.export_worker import engine_programs
 from llm_jax.plan.kernels import Traffic, kernel_cost
@@ -70,8 +71,9 @@ def test_memory_of_serving_is_that_of_real_arrays(tiny, mesh, cache):
     work = Workload(tiny, batch=16, context=100, cache=cache, page_size=16)
     model, params, pages = serving_arrays(work, abstract_mesh(mesh, 8))
     on = make_mesh(mesh)
-    real = init_params(describe(work.config), on, jax.random.key(0))
-    assert device_bytes(params) == fullest(real)
+    described = describe(work.config)
+    real = init_params(described, on, jax.random.key(0))
+    assert device_bytes(params) == fullest(repeat_key_heads(real, described, on))
     count = (work.rows(data_shards(on)) * work.pages,) * len(pool_windows(work.config))
     kept = {"bf16": "bfloat16", "int8": "int8"}[cache]
     assert device_bytes(pages) == fullest(init_paged(model.config, count, 16, on, kept))
@@ -288,7 +290,7 @@ def test_arrays_of_names_what_there_is():
 def test_exported_programs_are_those_of_an_engine(tiny, tmp_path):
     """An engine finds every program in a cache that was filled from shapes alone."""
     work = Workload(tiny, batch=2, context=32, page_size=16, prefill_tokens=16)
-    mesh = make_mesh("data:1,tensor:4")
+    mesh = make_mesh("data:1,tensor:8")  # more than the 4 key heads
     config = EngineConfig(
         max_rows=2, token_budget=16, max_length=32, page_size=16, pages=(5,), cache_dtype="bfloat16"
     )

@@ -22,6 +22,7 @@ from llm_jax.compress.quantize import quantized_shapes
 from llm_jax.config import ModelConfig, OptimConfig
 from llm_jax.infer.steps import DecodeState, make_decode, make_prefill
 from llm_jax.models import describe
+from llm_jax.models.key_heads import served
 from llm_jax.ops.sampling import SamplingParams, pack
 from llm_jax.sharding import batch_sharding, make_mesh, replicated
 from llm_jax.train.objectives import lm_loss
@@ -76,7 +77,7 @@ def lowered(config: ModelConfig, mesh, weights: str = ""):
 
 def lowered_generation(config: ModelConfig, mesh, weights: str):
     """("prefill" and "decode", what to compile)."""
-    model, whole = describe(config), replicated(mesh)
+    model, whole = served(describe(config), mesh), replicated(mesh)
     params = jax.tree.map(_placed, model.shapes, model.shardings(mesh))
     params = quantized_shapes(model, mesh, weights) if weights else params
     cache = abstract_cache(model.config, BATCH, CACHE, mesh)

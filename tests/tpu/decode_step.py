@@ -10,6 +10,7 @@ from llm_jax.config import ModelConfig
 from llm_jax.infer.paged_steps import StepShape, make_paged_forward
 from llm_jax.infer.steps import make_forward
 from llm_jax.models import describe
+from llm_jax.models.key_heads import served
 from llm_jax.sharding import batch_sharding, make_mesh, placed
 from llm_jax.tpu.case import Case
 
@@ -37,7 +38,8 @@ def decode_step(
 
     weights: "" = bfloat16, or a scheme of `compress.quantize`.
     """
-    grid, model = make_mesh(mesh, devices), describe(CONFIG)
+    grid = make_mesh(mesh, devices)
+    model = served(describe(CONFIG), grid)
     params = _params(model, grid, weights)
     cache = abstract_cache(model.config, batch, context, grid)
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=batch_sharding(grid, (batch,)))
@@ -60,7 +62,8 @@ def engine_step(
     weights: str = "",
 ) -> Case:
     """A step of the engine: a token for each of `rows` sequences and `chunk` tokens of a prompt."""
-    grid, model, pages = make_mesh(mesh, devices), describe(CONFIG), context // page
+    grid, pages = make_mesh(mesh, devices), context // page
+    model = served(describe(CONFIG), grid)
     params = _params(model, grid, weights)
     cache = abstract_paged(model.config, (rows * pages,), page, grid)
     shape = StepShape(rows + chunk, rows, rows, pages, 1)
