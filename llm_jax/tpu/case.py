@@ -9,6 +9,7 @@ is a numpy array instead of a shape. `kernel_integers` finds what reaches each k
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -66,7 +67,7 @@ def _evaluate(jaxpr: Any, consts: Any, args: list[Any], found: list[tuple[str, I
             }
             found.append((_kernel_name(eqn.params), integers))
             continue
-        if all(x is not None for x in inputs) and not _of_a_mesh(eqn):
+        if all(x is not None for x in inputs) and not _of_a_mesh(eqn) and not _is_large(eqn):
             outputs = _run(eqn, inputs)
         else:
             outputs = [None] * len(eqn.outvars)
@@ -90,6 +91,12 @@ def _of_a_mesh(eqn: Any) -> bool:
     return eqn.primitive.name in ON_MESH
 
 
+def _is_large(eqn: Any) -> bool:
+    """Whether an equation makes more than steers a kernel, such as the numbers of all logits of a batch."""
+    return any(math.prod(x.aval.shape) > LARGEST for x in eqn.outvars)
+
+
+LARGEST = 1 << 24  # numbers
 ON_MESH = ("axis_index", "psum", "psum_invariant", "pmax", "pmin", "ppermute", "all_gather")
 ON_MESH += ("all_to_all", "reduce_scatter", "shard_map")
 

@@ -284,10 +284,22 @@ class _Reader:
             return Operation(**common, hbm_bytes=moved * (2 if between == {0} else 1))
         if opcode == "custom-call":
             return self.custom(x, where, common)
+        if opcode == "fusion" and (fused := self.fused(x)) is not None:
+            return Operation(**common, collective=fused)
         flops, integers = self.flops(x, where)
         inside = sum(a.bytes for a in (*self.operands(x, where), *x.arrays) if a.space == VMEM)
         moved = {"hbm_bytes": self.bytes(x, where), "vmem_bytes": inside}
         return Operation(**common, flops=flops, integers=integers, **moved)
+
+    def fused(self, x: Instruction) -> Collective | None:
+        """The collective inside of a fusion; an all-reduce of which a device keeps its part scatters."""
+        inner = self.module.computations[x.called("calls") or ""]
+        for y in inner.instructions.values():
+            if y.opcode in COLLECTIVES:
+                found = _collective(y, y.opcode, self.operands(y, inner))
+                scatters = found.kind == "all-reduce" and x.arrays[0].bytes < found.bytes
+                return dataclasses.replace(found, kind="reduce-scatter") if scatters else found
+        return None
 
     def offloaded(self, x: Instruction, where: Computation) -> Operation:
         """What the SparseCores are given to do beside (v5p, v6e, tpu7x): a collective, or a gather."""

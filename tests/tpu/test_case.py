@@ -98,3 +98,14 @@ def test_what_depends_on_the_device_is_not_known():
         return jax.shard_map(local, **how, check_vma=False)(table)
 
     assert kernel_integers(run, (np.arange(4, dtype=np.int32),)) == []
+
+
+def test_what_is_too_large_to_steer_a_kernel_is_not_computed():
+    """The numbers of all logits of a batch would take a terabyte."""
+
+    def function(table, x):
+        numbers = jax.lax.broadcasted_iota(jnp.int32, (1 << 20, 1 << 18), 1)
+        return gather_rows(table, x), jnp.sum(numbers == table[0])
+
+    ((_, integers),) = kernel_integers(function, (TABLE, X))
+    np.testing.assert_array_equal(integers[0], TABLE)

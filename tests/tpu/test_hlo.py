@@ -198,6 +198,28 @@ def test_what_sparse_cores_do_beside():
     assert line.limit == "interconnect"
 
 
+# As libtpu writes a reduce-scatter that it has an emitter for.
+SCATTERED = """HloModule m
+
+%all-reduce-scatter (input: bf16[64,128]) -> bf16[16,128] {
+  %input = bf16[64,128]{1,0} parameter(0)
+  %r = bf16[64,128]{1,0} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%add
+  %i = s32[] constant(0)
+  ROOT %s = bf16[16,128]{1,0} dynamic-slice(%r, %i, %i), dynamic_slice_sizes={16,128}
+}
+
+ENTRY %main (x: bf16[64,128]) -> bf16[16,128] {
+  %x = bf16[64,128]{1,0} parameter(0)
+  ROOT %y = bf16[16,128]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+
+
+def test_a_collective_in_a_fusion():
+    (found,) = program(SCATTERED)
+    assert found.collective == Collective("reduce-scatter", 64 * 128 * 2, ((0, 1, 2, 3),))
+
+
 def box(topology: str) -> Slice:
     shape = tuple(int(n) for n in topology.partition(":")[2].split("x"))
     places = [tuple(int(i) for i in at) for at in np.ndindex(*shape)]
