@@ -13,7 +13,7 @@ from llm_jax.plan.steps import abstract_mesh, device_bytes, serving_arrays, trai
 from llm_jax.plan.workload import Workload, chips, devices, price_of
 from llm_jax.sharding import data_shards
 from llm_jax.tpu.chips import chip_of
-from llm_jax.tpu.compile import CompileError, Program, compile_for
+from llm_jax.tpu.compile import WITHOUT_CODE, CompileError, Program, compile_for
 from llm_jax.tpu.hlo import each, operations, read_module
 from llm_jax.tpu.links import Slice
 from llm_jax.tpu.timing import Assumptions, Timeline, time_program
@@ -109,7 +109,11 @@ def quote(
     for name in names:
         order = {"workload": dataclasses.asdict(work), "mesh": mesh}
         try:
-            program = compile_for(f"llm_jax.plan.steps:{name}", topology, order, timeout_s=timeout_s)
+            target, options = (
+                f"llm_jax.plan.steps:{name}",
+                {"flags": WITHOUT_CODE, "timeout_s": timeout_s},
+            )
+            program = compile_for(target, topology, order, **options)
         except CompileError as error:
             if not any(words in str(error) for words in NO_ROOM):
                 raise

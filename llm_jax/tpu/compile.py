@@ -36,6 +36,8 @@ SETTINGS = {  # of the process that compiles
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled",
 }
+# A flag for those who need the optimized program alone: to write all code takes as long as to compile it.
+WITHOUT_CODE = "--xla_jf_dump_llo_pass_label_regex=^nothing$"
 ADVICE = {  # what libtpu or Mosaic says: what to do
     r"ScopedVmemOom|memory space vmem": (
         "the blocks do not fit VMEM: take smaller ones, fewer buffers, or raise vmem_limit_bytes in "
