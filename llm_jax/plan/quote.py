@@ -109,11 +109,8 @@ def quote(
     for name in names:
         order = {"workload": dataclasses.asdict(work), "mesh": mesh}
         try:
-            target, options = (
-                f"llm_jax.plan.steps:{name}",
-                {"flags": WITHOUT_CODE, "timeout_s": timeout_s},
-            )
-            program = compile_for(target, topology, order, **options)
+            target = f"llm_jax.plan.steps:{name}"
+            program = compile_for(target, topology, order, flags=WITHOUT_CODE, timeout_s=timeout_s)
         except CompileError as error:
             if not any(words in str(error) for words in NO_ROOM):
                 raise

@@ -92,7 +92,7 @@ def _of_a_mesh(eqn: Any) -> bool:
 
 
 def _is_large(eqn: Any) -> bool:
-    """Whether an equation makes more than steers a kernel, such as the numbers of all logits of a batch."""
+    """Whether an equation makes more than steers a kernel, as the numbers of all logits of a batch."""
     return any(math.prod(x.aval.shape) > LARGEST for x in eqn.outvars)
 
 

@@ -36,7 +36,7 @@ SETTINGS = {  # of the process that compiles
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled",
 }
-# A flag for those who need the optimized program alone: to write all code takes as long as to compile it.
+# A flag for those who need the optimized program alone: the code takes as long to write as to make.
 WITHOUT_CODE = "--xla_jf_dump_llo_pass_label_regex=^nothing$"
 ADVICE = {  # what libtpu or Mosaic says: what to do
     r"ScopedVmemOom|memory space vmem": (

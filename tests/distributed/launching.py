@@ -67,4 +67,7 @@ def assert_same_curve(workdir, other):
     found, wanted = numbers(workdir), numbers(other)
     assert [r["step"] for r in found] == [r["step"] for r in wanted]
     for one, two in zip(found, wanted, strict=True):
+        norms = [r.pop("train/grad_norm", 0.0) for r in (one, two)]
         assert one == pytest.approx(two, rel=TOLERANCE, abs=1e-8)
+        # Adam divides by the root of squared gradients: what rounds otherwise is soon a little apart.
+        assert norms[0] == pytest.approx(norms[1], rel=10 * TOLERANCE)

@@ -55,8 +55,9 @@ def pair(request, tmp_path_factory):
 
 
 def reference(theirs, head, params, base_weight):
-    """[K] losses, agreements and targets over all documents, one token after the other."""
-    loss, agreed, count = np.zeros((3, STEPS))
+    """[K] losses, agreements and targets over all documents, one token after the other, and how many of
+    the agreements are as good as ties, which float32 may see otherwise."""
+    loss, agreed, count, close = np.zeros((4, STEPS))
     scale = head.config.embed_dim**0.5 if head.config.embed_scale else 1.0
     for document in DOCUMENTS:
         with torch.no_grad():
@@ -75,8 +76,10 @@ def reference(theirs, head, params, base_weight):
                 text = -q[document[place + 1]]
                 loss[k - 1] += (1 - base_weight) * text + base_weight * divergence
                 agreed[k - 1] += np.argmax(q) == np.argmax(p)
+                first, second = np.sort(q)[:-3:-1]
+                close[k - 1] += first - second < 1e-5
                 count[k - 1] += 1
-    return loss, agreed, count
+    return loss, agreed, count, close
 
 
 def unembed(theirs, state):
@@ -93,7 +96,7 @@ def log_softmax(x):
 def test_the_loss_is_that_of_transformers_and_numpy(pair, chunk, base_weight):
     theirs, both, base = pair
     params = draft_cell.drawn(both.head)
-    loss, agreed, count = reference(theirs, both.head, params, base_weight)
+    loss, agreed, count, close = reference(theirs, both.head, params, base_weight)
     objective = functools.partial(LOSS, chunk=chunk, base_weight=base_weight)
     run = jax.jit(lambda p, b: objective(both.bind(p, b), BATCH, None))
     found, number, metrics = run(params, base)
@@ -101,7 +104,10 @@ def test_the_loss_is_that_of_transformers_and_numpy(pair, chunk, base_weight):
     np.testing.assert_allclose(found, weights @ loss, rtol=1e-4)
     np.testing.assert_allclose(number, weights @ count, rtol=1e-6)
     for k in range(STEPS):
-        np.testing.assert_allclose(metrics[f"agreement_{k + 1}"], (agreed[k], count[k]))
+        right, targets = metrics[f"agreement_{k + 1}"]
+        assert targets == count[k]
+        assert abs(right - agreed[k]) <= close[k]
+    assert close.sum() < count.sum() / 2
 
 
 def test_what_is_drafted_across_documents_counts_for_nothing():
