@@ -2,8 +2,8 @@
 
     python -m llm_jax.bench.scaling '{"what": "compile", "layers": 8, "devices": 4}'
 
-A process of its own, because the number of devices is settled when JAX starts, and the most memory that a
-process ever had is counted from its beginning. `measure` starts one and returns its record.
+A process of its own, because the number of devices is settled when JAX starts, and the most memory that
+a process ever had is counted from its beginning. `measure` starts one and returns its record.
 """
 
 import json
@@ -36,10 +36,10 @@ TOKENS = 64  # of a row
 def measure(what: str, *, layers: int = 2, embed: int = 256, devices: int = 1) -> dict[str, Any]:
     """The record of one measurement: what = "compile", "checkpoint" or "memory".
 
-    The model is a Llama with heads of 64 and fsdp over all devices. compile: lower_s and compile_s of its
-    train step. checkpoint: save_s and restore_s of its training state, bytes. memory: host_bytes, the
-    most that a process has which makes the state on its shards and takes a step, beyond what it had
-    before.
+    The model is a Llama with heads of 64 and fsdp over all devices. compile: lower_s and compile_s of
+    its train step. checkpoint: save_s and restore_s of its training state, bytes; blocked_s: before
+    training goes on. memory: host_bytes, the most that a process has which makes the state on its shards
+    and takes a step, beyond what it had before.
     """
     order = {"what": what, "layers": layers, "embed": embed, "devices": devices}
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"

@@ -25,10 +25,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src.interpreters import mlir
-from jax._src.lib import tpu  # nor to read a kernel's code
-from jax._src.lib.mlir import ir
-from jax._src.pallas.mosaic import tpu_info  # there is no public way to name the chip a kernel asks for
+from jax._src.interpreters import mlir  # there is no public way to read a kernel's code,
+from jax._src.pallas.mosaic import tpu_info  # nor to name the chip that a kernel asks for
+from jaxlib.mlir import ir
+from jaxlib.mosaic.python import tpu
 
 from llm_jax.tpu.case import Case, kernel_integers
 from llm_jax.tpu.topology import topology_devices
@@ -100,7 +100,7 @@ def without_places(text: str) -> str:
             tpu.register_dialect(context)
             context.allow_unregistered_dialects = True
             module = ir.Module.parse(base64.b64decode(found[1]))
-            return module.operation.get_asm(enable_debug_info=False)
+            return str(module.operation.get_asm(enable_debug_info=False))
 
     return BODY.sub(bare, text)
 
