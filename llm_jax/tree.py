@@ -27,13 +27,14 @@ class PerLayer:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class OfLayer:
-    """Stands where the array of one layer stood: those of all layers [L, ...], and which one it is [].
+    """Stands where the array of one layer stood: those of all layers [L, ...], and which one it is [];
+    None that all are meant.
 
     A kernel reads that one in place, where a slice would be copied before it begins.
     """
 
     stack: Any
-    layer: Any
+    layer: Any = None
 
 
 def is_per_layer(leaf: Any) -> bool:

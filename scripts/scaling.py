@@ -4,8 +4,8 @@
     python scripts/scaling.py --what=checkpoint --embed=256,512,1024 --layers=8
     python scripts/scaling.py --what=memory --embed=1024 --devices=1,2,4,8
 
-Every combination is measured --repeats times, each in a process of its own, in turns; printed are medians.
-Devices are JAX's CPU devices, a mesh of fsdp. docs/scaling.md has the figures of one machine.
+Every combination is measured --repeats times, each in a process of its own, in turns; printed are
+medians. Devices are JAX's CPU devices, a mesh of fsdp. docs/scaling.md has one machine's figures.
 """
 
 import itertools

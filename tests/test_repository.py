@@ -75,6 +75,7 @@ def test_what_is_imported_is_required():
     product = imported("llm_jax") | imported("scripts") | imported("configs")
     # scripts/{verify,benchmark}.py compare with the peers; who sets wandb_project has wandb.
     peers = {"torch", "transformers", "ctranslate2", "gguf", "llama_cpp", "wandb"}
+    peers.add("jaxlib")  # which jax requires, of its own version
     assert product - import_names("", "data", "serve", "eval", "structured") <= peers
     extras = ("", "data", "serve", "eval", "structured", "test")
     assert imported("tests") <= import_names(*extras) | {"setuptools"}

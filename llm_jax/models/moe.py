@@ -55,28 +55,15 @@ class MoE(nnx.Module):
         return ExpertMatrices(*(w.astype(dtype) for w in held))
 
 
-def hold_matrices(
-    layers: dict[str, Any], context: Any, dtype: str
-) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """Stacked parameters of the layers -> (those to scan, the experts' matrices to close over).
+def hold_matrices(layers: dict[str, Any], context: Any, dtype: str) -> dict[str, Any]:
+    """Stacked parameters of the layers, with the experts' matrices as what a scan closes over.
 
-    None are closed over where that would cost more: in training, whose gradient would be added up whole
-    in every layer; and where a layer's are made from them, by a cast or a gather over `fsdp`.
+    They are scanned where closing over them would cost more: in training, whose gradient would be added
+    up whole in every layer; and where a layer's are made from them, by a cast or a gather over `fsdp`.
     """
     mesh, moe = jax.sharding.get_abstract_mesh(), layers.get("moe")
     if moe is None or isinstance(context, FullContext) or moe["gate"].dtype != jnp.dtype(dtype):
-        return layers, {}
+        return layers
     if not mesh.empty and mesh.shape["fsdp"] > 1:
-        return layers, {}
-    held = {name: moe[name] for name in MATRICES}
-    return layers | {"moe": {name: x for name, x in moe.items() if name not in held}}, held
-
-
-def lend_matrices(
-    params: dict[str, Any], held: dict[str, jax.Array], layer: jax.Array
-) -> dict[str, Any]:
-    """The parameters of one layer, with those that the scan closes over in their places."""
-    if not held:
-        return params
-    of_layer = {name: OfLayer(stack, layer) for name, stack in held.items()}
-    return params | {"moe": params["moe"] | of_layer}
+        return layers
+    return layers | {"moe": moe | {name: OfLayer(moe[name]) for name in MATRICES}}

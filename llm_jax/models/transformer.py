@@ -23,7 +23,7 @@ from flax import nnx
 from llm_jax.config import ModelConfig
 from llm_jax.models.heads import ClassifierHead, LMHead, Pooler, SpanHead, fold_parts, pool
 from llm_jax.models.layers import MLP, Attention, Embed, NgramEmbed, Norm
-from llm_jax.models.moe import MoE, hold_matrices, lend_matrices
+from llm_jax.models.moe import MoE, hold_matrices
 from llm_jax.models.pipeline import through_stages
 from llm_jax.ops.attention import AttentionContext
 from llm_jax.ops.quantized import scannable
@@ -168,16 +168,15 @@ class Transformer(nnx.Module):
                 x, context = run_block(x, context, params, i, window)
             return x, context
         window = windows[0] if len(set(windows)) == 1 else None
-        layers, held = hold_matrices(layers, context, self.cfg.compute_dtype)
-        sliced, of_layer = scannable(layers)
+        sliced, of_layer = scannable(hold_matrices(layers, context, self.cfg.compute_dtype))
 
         def scan(scanned, x, positions, context):
             block = block_at(positions)
 
             def body(carry, per_layer):
                 slices, layer, varying = per_layer
-                params = lend_matrices(of_layer(slices, layer), held, layer)
-                return block(*carry, params, layer, varying if window is None else window), None
+                chosen = varying if window is None else window
+                return block(*carry, of_layer(slices, layer), layer, chosen), None
 
             if self.cfg.remat != "none":
                 body = jax.checkpoint(body, policy=REMAT[self.cfg.remat], prevent_cse=False)

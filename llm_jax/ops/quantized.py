@@ -16,8 +16,10 @@ from llm_jax.kernels.forms import note
 from llm_jax.kernels.quantized_matmul.api import choose, quantized_matmul
 from llm_jax.kernels.tuning import bucket, table_key
 from llm_jax.sharding import COMPUTE, PARAMS, shardings, spec
+from llm_jax.tree import OfLayer
 
 LANES = 128  # columns of a tile on TPUs: XLA copies a matrix [C, O] with other O at every use
+
 T = TypeVar("T")
 
 
@@ -77,15 +79,16 @@ def lies_for_kernel(w: QTensor, mesh: Mesh | AbstractMesh) -> bool:
 def scannable(layers: Any) -> tuple[Any, Callable[[Any, jax.Array], Any]]:
     """(what a scan over layers slices of stacked parameters, f(slices, layer) -> a layer's parameters).
 
-    A slice of a weight would be copied before a kernel begins, so each `QTensor` stays whole, and a
-    layer has all of it with its own number.
+    A slice of a weight would be copied before a kernel begins, so each `QTensor` and `OfLayer` stays
+    whole, and a layer has all of it with its own number.
     """
-    leaves, structure = jax.tree.flatten(layers, is_leaf=is_quantized)
-    sliced = [None if is_quantized(leaf) else leaf for leaf in leaves]
+    is_whole = lambda leaf: isinstance(leaf, (QTensor, OfLayer))  # noqa: E731
+    leaves, structure = jax.tree.flatten(layers, is_leaf=is_whole)
+    sliced = [None if is_whole(leaf) else leaf for leaf in leaves]
 
     def of_layer(slices: Any, layer: jax.Array) -> Any:
         own = [
-            dataclasses.replace(leaf, layer=layer) if is_quantized(leaf) else part
+            dataclasses.replace(leaf, layer=layer) if is_whole(leaf) else part
             for leaf, part in zip(leaves, slices, strict=True)
         ]
         return structure.unflatten(own)

@@ -30,6 +30,7 @@ from llm_jax.train.objectives import lm_loss
 from llm_jax.train.optim import make_optimizer
 from llm_jax.train.state import init_state
 from llm_jax.train.step import make_eval_step, make_train_step
+from llm_jax.tree import OfLayer
 from tests import tiny
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -229,9 +230,14 @@ def llm_of(loaded, name, mesh=""):
 def test_layers_apart_and_scanned_with_their_matrices_read_in_place(loaded, monkeypatch):
     _, model, params = loaded("qwen3_moe")
     apart = texts(llm_of(loaded, "qwen3_moe"))
-    calls, lend = [], moe.lend_matrices
-    held = lambda params, held, layer: calls.append(set(held)) or lend(params, held, layer)  # noqa: E731
-    monkeypatch.setattr("llm_jax.models.transformer.lend_matrices", held)
+    calls, hold = [], moe.hold_matrices
+
+    def noted(*given):
+        layers = hold(*given)
+        calls.append({name for name, x in layers["moe"].items() if isinstance(x, OfLayer)})
+        return layers
+
+    monkeypatch.setattr("llm_jax.models.transformer.hold_matrices", noted)
     scanned = LLM.from_params(model, params, None, mesh=make_mesh(""))
     scanned.params = params
     same(texts(scanned), apart)
