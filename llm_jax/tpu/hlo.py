@@ -236,15 +236,27 @@ class _Reader:
             yield self.costed(x, where)
 
     def trips(self, loop: Instruction) -> int:
-        """How often a loop runs: as the compiler says, or the largest number its condition has."""
+        """How often a loop runs: as the compiler says, or from 0 to the largest number its condition has
+        in steps of what its body adds, which is more than 1 where the compiler has unrolled it."""
         said = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)
         if said:
             return int(said[1])
         condition = self.module.computations.get(loop.called("condition") or "")
-        inside = [] if condition is None else condition.instructions.values()
-        return max(
-            (int(x.given) for x in inside if x.opcode == "constant" and x.given.isdigit()), default=0
-        )
+        if condition is None:
+            return 0
+        end = max((n for x in condition.instructions.values() if (n := _number(x))), default=0)
+        return -(-end // self._step(condition, loop))
+
+    def _step(self, condition: Computation, loop: Instruction) -> int:
+        """What a turn adds to the counter that the condition compares; 1 where it is not seen."""
+        counters = [x for x in condition.instructions.values() if x.opcode == "get-tuple-element"]
+        body = self.module.computations[loop.called("body") or ""]
+        root = body.instructions[body.root]
+        if len(counters) != 1 or root.opcode != "tuple":
+            return 1
+        after = body.instructions[root.operands[int(counters[0].attribute("index") or 0)]]
+        added = (_number(body.instructions[name]) for name in after.operands)
+        return next((n for n in added if n), 1) if after.opcode == "add" else 1
 
     def longest(self, x: Instruction) -> Iterator[Operation | Loop]:
         """The branch that moves and computes most."""
@@ -404,6 +416,11 @@ class _Reader:
             else:
                 total += result.hbm
         return total
+
+
+def _number(x: Instruction) -> int:
+    """The value of a constant that is a natural number; 0 for anything else."""
+    return int(x.given) if x.opcode == "constant" and x.given.isdigit() else 0
 
 
 def _dot(x: Instruction, left: Array, right: Array) -> float:

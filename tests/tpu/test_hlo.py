@@ -63,6 +63,40 @@ def test_a_loop_counts_as_often_as_it_runs():
     assert sum(n * op.flops for op, n in each(found)) == 5 * 2 * 8 * 64 * 64
 
 
+# As libtpu writes a product that gathers piece by piece: two pieces a turn.
+UNROLLED = """HloModule m
+
+%cond (p: (f32[8], u32[])) -> pred[] {
+  %p = (f32[8]{0}, u32[]) parameter(0)
+  %end = u32[] constant(4)
+  %i = u32[] get-tuple-element(%p), index=1
+  ROOT %less = pred[] compare(%i, %end), direction=LT
+}
+
+%body (q: (f32[8], u32[])) -> (f32[8], u32[]) {
+  %q = (f32[8]{0}, u32[]) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%q), index=0
+  %j = u32[] get-tuple-element(%q), index=1
+  %two = u32[] constant(2)
+  %next = u32[] add(%j, %two)
+  %y = f32[8]{0} multiply(%x, %x)
+  ROOT %t = (f32[8]{0}, u32[]) tuple(%y, %next)
+}
+
+ENTRY %main (z: (f32[8], u32[])) -> (f32[8], u32[]) {
+  %z = (f32[8]{0}, u32[]) parameter(0)
+  ROOT %w = (f32[8]{0}, u32[]) while(%z), condition=%cond, body=%body
+}
+"""
+
+
+def test_a_loop_that_the_compiler_has_unrolled():
+    (loop,) = program(UNROLLED)
+    assert loop.times == 2
+    (once,) = program(UNROLLED.replace("constant(2)", "constant(1)"))
+    assert once.times == 4
+
+
 def test_a_product_with_padding_counts_what_is_computed():
     # A batch of 4 products, as a TPU's compiler writes it: of each window one place meets a number.
     found = program(
