@@ -51,7 +51,8 @@ start() {
         echo $? >"$1/ended" && mv "$1/ended" "$1/exit_status"
     ' llm_jax_run "$dir" "$@" </dev/null >>"$dir/log" 2>&1 &
     echo $! >"$dir/pid"
-    until [[ -f $dir/exit_status || $(result "$dir") == running ]]; do sleep 0.05; done
+    # Until its shell has its name, or is gone already, perhaps without a status.
+    until [[ -f $dir/exit_status || $(result "$dir") == running ]] || ! kill -0 $! 2>/dev/null; do sleep 0.05; done
     say "$name has started"
 }
 

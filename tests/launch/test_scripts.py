@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+from tests.launch.conftest import ROOT
+
 CREATE = ["--topology=v5e:4x4", "--spot"]
 
 
@@ -343,3 +345,17 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_run_that_dies_before_it_is_seen_has_started_and_is_lost(tmp_path):
+    job, environment = ROOT / "launch" / "worker" / "job.sh", os.environ | {"HOME": str(tmp_path)}
+
+    def run(*words):
+        command = ["bash", job, *words]
+        return subprocess.run(
+            command, env=environment, timeout=30, check=True, capture_output=True, text=True
+        ).stdout
+
+    for i in range(20):
+        assert "has started" in run("start", f"r{i}", "bash", "-c", "kill -KILL $PPID")
+        assert f"r{i}: exit status lost" in run("stop", f"r{i}")
