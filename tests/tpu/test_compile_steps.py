@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from llm_jax.tpu.compile import SETTINGS
+
 SCRIPT = Path(__file__).with_name("compile_steps.py")
 ROOT = SCRIPT.parents[2]
 
@@ -31,11 +33,10 @@ def test_steps_compile_for_every_generation(topology, mesh):
         pytest.skip('needs the libtpu of this jax: pip install "jax[tpu]"')
     # A fresh process: libtpu reads its settings once and locks the machine's TPU, where there is one.
     inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "PYTHONPATH": str(ROOT)}
-    settings |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # whose programs are not for compilers alone
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     output = subprocess.run(
         [sys.executable, SCRIPT, topology, mesh],
-        env=inherited | settings,
+        env=inherited | SETTINGS | {"PYTHONPATH": paths},
         check=True,
         stdout=subprocess.PIPE,
         text=True,
