@@ -28,6 +28,7 @@ from llm_jax.plan.search import candidates, meshes, pareto, rank
 from llm_jax.plan.steps import abstract_mesh, device_bytes, serving_arrays, training_arrays
 from llm_jax.plan.workload import Workload, chips, devices, model_config, presets, price_of
 from llm_jax.sharding import data_shards, make_mesh
+from llm_jax.tpu.compile import CompileError
 from llm_jax.tpu.hlo import Array, Operation
 from llm_jax.train.optim import make_optimizer
 from llm_jax.train.state import init_state
@@ -226,6 +227,27 @@ def test_ranks_and_tables(tmp_path):
     assert lines[0].startswith("batch,topology,mesh,fits")
     assert [line.rsplit(",", 1)[1] for line in lines[1:]] == ["False", "True"]
     assert (tmp_path / "out" / "sweep.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("refused", "said"),
+    [
+        ("Ran out of memory in memory space hbm. Exceeded hbm capacity by 4.35G.", "by 4.35G"),
+        (
+            "E1000: CompileTimeHbmOom: the total memory required for HLO temporaries "
+            "(164.54G) exceeds available HBM (95.73G)",
+            "alone are 164.54 GiB",
+        ),
+    ],
+)
+def test_what_the_compiler_refuses_for_want_of_memory_does_not_fit(monkeypatch, refused, said):
+    def compile_for(*_, **__):
+        raise CompileError(refused, "")
+
+    monkeypatch.setattr("llm_jax.plan.quote.compile_for", compile_for)
+    found = quote(Workload("gpt2", context=64), "v5e:1x1", "data:1", ("decode",))
+    assert not found.fits
+    assert said in found.advice
 
 
 def operation(kernel: str, given: str, made: str = "") -> Operation:
