@@ -36,6 +36,7 @@ SETTINGS = {  # of the process that compiles
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled",
 }
+TIMEOUT_S = 900.0
 # A flag for those who need the optimized program alone: the code takes as long to write as to make.
 WITHOUT_CODE = "--xla_jf_dump_llo_pass_label_regex=^nothing$"
 ADVICE = {  # what libtpu or Mosaic says: what to do
@@ -127,7 +128,7 @@ def compile_for(
     arguments: dict[str, Any] | None = None,
     *,
     flags: str = "",
-    timeout_s: float = 900.0,
+    timeout_s: float = TIMEOUT_S,
     cache: Path | None = None,
 ) -> Program:
     """The program that libtpu makes for a slice such as "v5e:2x2".
@@ -143,17 +144,11 @@ def compile_for(
     return read_program(cache / answer["key"], cached=answer["cached"])
 
 
-def program_key(
-    target: str,
-    topology: str,
-    arguments: dict[str, Any] | None = None,
-    *,
-    flags: str = "",
-    timeout_s: float = 900.0,
-) -> str:
+def program_key(target: str, topology: str, arguments: dict[str, Any] | None = None) -> str:
     """A name for all that `compile_for` would give the compiler, and its version: the same, the same
-    program. Nothing is compiled; raises as it does."""
-    return _ask(target, topology, arguments or {}, flags, timeout_s, "")["key"]
+    program. Files and lines that kernels come from do not count. Nothing is compiled; raises as it does.
+    """
+    return _ask(target, topology, arguments or {}, "", TIMEOUT_S, "")["key"]
 
 
 def _ask(

@@ -73,9 +73,12 @@ CASES = [
 ]
 
 
+TARGET = "llm_jax.kernels.{}.cases:case"
+
+
 def measure(kernel: str, topology: str, options: dict, cache: Path | None = None) -> dict:
     """Cycles and shares of one case, and the name of the program that they are those of."""
-    target = f"llm_jax.kernels.{kernel}.cases:case"
+    target = TARGET.format(kernel)
     program = compile_for(target, topology, options, cache=cache)
     report = profile_program(program)
     kernels = report.kernels

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 def test_cycles_do_not_grow(name, kernel, topology, options, tmp_path):
     kept = BUDGETS[name]
     try:
-        named = program_key(f"llm_jax.kernels.{kernel}.cases:case", topology, options)
+        named = program_key(budgets.TARGET.format(kernel), topology, options)
         if named == kept["program"] and not os.environ.get("LLM_JAX_COLD"):
             return
         found = budgets.measure(kernel, topology, options, cache=tmp_path)
