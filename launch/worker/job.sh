@@ -81,7 +81,8 @@ follow)
     sleep 0.5 && kill $! # when tail has looked again
     ;;
 stop)
-    [[ $(result "$dir") != running ]] || kill -TERM -- "-$(<"$dir/pid")"
+    # It may have ended by itself in between.
+    [[ $(result "$dir") != running ]] || kill -TERM -- "-$(<"$dir/pid")" 2>/dev/null || true
     say "$name: exit status $(finish)"
     ;;
 wait)

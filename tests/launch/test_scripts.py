@@ -358,4 +358,6 @@ def test_a_run_that_dies_before_it_is_seen_has_started_and_is_lost(tmp_path):
 
     for i in range(20):
         assert "has started" in run("start", f"r{i}", "bash", "-c", "kill -KILL $PPID")
+        # It may also be seen before it is killed.
+        wait_for(lambda i=i: run("result", f"r{i}") == "lost\n")
         assert f"r{i}: exit status lost" in run("stop", f"r{i}")
