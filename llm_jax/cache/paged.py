@@ -3,10 +3,11 @@
 Letters: L layers, D data shards, P pages of Z tokens, T tokens of a step, R rows, M pages of a row,
 N query heads, K cached heads, H head dim.
 
-A pool is [L, D P, 2, Z, K H] (kernels/paged_attention): each data shard has pages of its own, numbered
-from 0 there, and rows of its own. Layers with a window have a pool of their own, so that a sequence
-holds no more of them than its window. Which page is whose is decided on the host (engine/pages.py); a
-step brings its `StepRows`, and `PagedContext` is the cache as those rows see it.
+A pool is [L, D P, 2, Z, K H] (kernels/paged_attention), with room for more heads where a TPU wants it
+(`types.heads_held`). Each data shard has pages of its own, numbered from 0 there, and rows of its own.
+Layers with a window have a pool of their own, so that a sequence holds no more of them than its window.
+Which page is whose is decided on the host (engine/pages.py); a step brings its `StepRows`, and
+`PagedContext` is the cache as those rows see it.
 """
 
 import dataclasses
@@ -20,9 +21,10 @@ from jax.sharding import Mesh
 
 from llm_jax.cache.dense import check_heads, layer_slots
 from llm_jax.config import ModelConfig
+from llm_jax.kernels.chips import kind_of
 from llm_jax.kernels.paged_attention.api import paged_attention
 from llm_jax.kernels.paged_attention.reference import read_page, token_rows
-from llm_jax.kernels.paged_attention.types import Pages, Rows, abstract_pages
+from llm_jax.kernels.paged_attention.types import Pages, Rows, abstract_pages, heads_held
 from llm_jax.ops.attention import KEY, QUERY, attention_mask, attention_weights
 from llm_jax.sharding import COMPUTE, data_shards, key_heads, on_shards, placed, shard, zeros
 from llm_jax.tree import num_bytes
@@ -51,6 +53,7 @@ class PagedCache:
 
     pools: tuple[Pages, ...]  # of layers with full attention, of layers with a window; those there are
     windows: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # of each layer, 0 = full
+    kv_heads: int = dataclasses.field(metadata={"static": True})  # K, on all shards of "tensor"
 
     @property
     def page_size(self) -> int:
@@ -78,7 +81,7 @@ class PagedContext:
         """See `AttentionContext`. Where a token is stands in the rows; `positions` are the same."""
         assert options.causal, "a cache serves causal models"
         cache = self.cache
-        check_heads(k, cache.pools[0].tokens.shape[-1] // q.shape[-1])
+        check_heads(k, cache.kv_heads)
         run = functools.partial(_attend, options)
 
         def on(pool):
@@ -90,7 +93,7 @@ class PagedContext:
 
     def attention_maps(self, layer, q, k, keep, *, positions, window, options):
         """See `TapContext`. Keys are read back from the pages; S is the tokens that a row can have."""
-        run = functools.partial(_maps, options, q.shape[1])
+        run = functools.partial(_maps, options, q.shape[1], q.shape[2] // self.cache.kv_heads)
         given = (jax.vmap(lambda tokens, at: tokens[at])(q, keep), keep)
         axes = (QUERY, ("batch", None))
         return self._where(layer, lambda pool: self._run(run, pool, layer, window, given, axes)[0])
@@ -152,18 +155,19 @@ def abstract_paged(
             f"tensor={tensor} does not divide num_heads={config.num_heads}: take another mesh"
         )
 
+    held = heads_held(heads // tensor, config.head_dim, kind_of(mesh))
+
     def pool(layers: int, count: int) -> Pages:
         # What one shard has of them; its heads' scales stand together.
-        part = abstract_pages(
-            layers, count * data_shards(mesh), page_size, heads // tensor, config.head_dim, dtype
-        )
+        of_shard = (layers, count * data_shards(mesh), page_size, held)
+        part = abstract_pages(*of_shard, config.head_dim, dtype)
         wide = lambda x, axis: jax.ShapeDtypeStruct(  # noqa: E731
             tuple(n * tensor if i == axis else n for i, n in enumerate(x.shape)), x.dtype
         )
         return Pages(wide(part.tokens, 4), None if part.scales is None else wide(part.scales, 2))
 
     pools = tuple(pool(each.count(window), count) for window, count in zip(windows, pages, strict=True))
-    abstract = PagedCache(pools, each)
+    abstract = PagedCache(pools, each, heads)
     return placed(abstract, jax.tree.map(_axes, abstract), mesh, COMPUTE)
 
 
@@ -281,8 +285,13 @@ def _attend(options, pool, slot, window, q, k, v, table, starts, counts, lengths
     return out[None], pool
 
 
-def _maps(options, count, pool, slot, window, q, keep, table, starts, counts, lengths, decodes, rows):
-    """One shard's: attention weights [1, C, N, S] of q [1, C, N, H], the tokens `keep` of `count`."""
+def _maps(
+    options, count, groups, pool, slot, window, q, keep, table, starts, counts, lengths, decodes, rows
+):
+    """One shard's: attention weights [1, C, N, S] of q [1, C, N, H], the tokens `keep` of `count`.
+
+    groups: query heads that read one key head.
+    """
     here = Rows(table[0], starts[0], counts[0], lengths[0], decodes[0], rows[0])
     row, position = token_rows(here, count)
     heads = pool.tokens.shape[-1] // q.shape[-1]
@@ -290,7 +299,7 @@ def _maps(options, count, pool, slot, window, q, keep, table, starts, counts, le
 
     def one(given):
         query, at = given
-        keys = read(here.table[row[at]])  # [M, Z, K, H]
+        keys = read(here.table[row[at]])[:, :, : q.shape[2] // groups]  # [M, Z, K, H]
         keys = keys.reshape(-1, *keys.shape[2:]).swapaxes(0, 1)[None]
         every = jnp.arange(keys.shape[2])[None]
         mask = attention_mask(position[at].reshape(1, 1), every, window=window, causal=True)

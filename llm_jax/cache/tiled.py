@@ -3,9 +3,10 @@
 Letters: L layers, B batch, T prompt tokens, W window, M tiles of Z tokens, N query heads, K cached
 heads, H head dim.
 
-What `dense` keeps as [L, B, K, M Z, H] twice is here [L, B, M, 2, Z, K H]. These are pages that lie in
-order (kernels/paged_attention), so storing a token and attending to all is one kernel, which reads every
-byte once, in place: no step copies the cache. Layers with a window keep a ring, as there.
+What `dense` keeps as [L, B, K, M Z, H] twice is here [L, B, M, 2, Z, K H], with room for more heads
+where a TPU wants it (`types.heads_held`). These are pages that lie in order (kernels/paged_attention),
+so storing a token and attending to all is one kernel, which reads every byte once, in place: no step
+copies the cache. Layers with a window keep a ring, as there.
 """
 
 import dataclasses
@@ -25,8 +26,9 @@ from llm_jax.cache.dense import (
     rows_within,
 )
 from llm_jax.config import ModelConfig
+from llm_jax.kernels.chips import kind_of
 from llm_jax.kernels.paged_attention.api import contiguous_attention
-from llm_jax.kernels.paged_attention.types import Pages
+from llm_jax.kernels.paged_attention.types import Pages, heads_held
 from llm_jax.ops.attention import KEY, QUERY, ROWS, prompt_attention
 from llm_jax.sharding import COMPUTE, key_heads, on_shards, placed, shard
 
@@ -43,6 +45,7 @@ class TiledCache:
     ring: jax.Array | None  # of window layers, place = position mod W
     length: jax.Array  # [B] int32, tokens stored in each row
     windows: tuple[int, ...] = dataclasses.field(metadata={"static": True})  # of each layer, 0 = full
+    kv_heads: int = dataclasses.field(metadata={"static": True})  # K; tiles may have room for more
 
     def attend(self, layer, q, k, v, *, positions, window, options):
         """See `AttentionContext`; one new token a row."""
@@ -83,9 +86,7 @@ class TiledCache:
 
     def _apply(self, run, layer, q, k, v, window, *rest):
         """`run` on the shards of this layer's pool; returns the output and the changed cache."""
-        pool = next(x for x in (self.full, self.ring) if x is not None)
-        heads = pool.shape[-1] // q.shape[-1]
-        check_heads(k, heads)
+        check_heads(k, self.kv_heads)
         slots = layer_slots(self.windows)  # the layer itself, where all are alike
         alike = self.ring is None or self.full is None
         slot = jnp.asarray(layer if alike else jnp.asarray(slots)[layer], jnp.int32)
@@ -130,7 +131,9 @@ def abstract_tiled(config: ModelConfig, batch: int, size: int, mesh: Mesh) -> Ti
     """Shapes, dtypes and shardings of an empty cache; see `choice.init_cache`."""
     (windows, window), tile = ring_windows(config, size), tile_of(config, size)
     assert tile, f"windows={config.windows}: no whole number of tiles of {TILES} tokens"
-    lanes = key_heads(config.num_heads, config.num_kv_heads, mesh) * config.head_dim
+    heads, tensor = key_heads(config.num_heads, config.num_kv_heads, mesh), mesh.shape["tensor"]
+    shards = tensor if heads % tensor == 0 else 1
+    lanes = shards * heads_held(heads // shards, config.head_dim, kind_of(mesh)) * config.head_dim
     dtype = jnp.dtype(config.cache_dtype)
     rings = sum(w > 0 for w in windows)
 
@@ -139,7 +142,8 @@ def abstract_tiled(config: ModelConfig, batch: int, size: int, mesh: Mesh) -> Ti
         return jax.ShapeDtypeStruct(shape, dtype) if layers else None
 
     length = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    abstract = TiledCache(pool(len(windows) - rings, size), pool(rings, window), length, windows)
+    pools = pool(len(windows) - rings, size), pool(rings, window)
+    abstract = TiledCache(*pools, length, windows, heads)
     return placed(abstract, jax.tree.map(_axes, abstract), mesh, COMPUTE)
 
 
@@ -165,7 +169,10 @@ def _attend_prompt(options, pool, slot, q, k, v, length, window, positions, leng
     if ring:
         held = jnp.maximum(ring_positions(lengths[:, None] - 1, tiles * tile), 0)
         k, v = (jnp.take_along_axis(x, held[:, :, None, None], axis=1, mode="clip") for x in (k, v))
-    new = jnp.stack([k, v], axis=1).reshape(batch, 2, -1, lanes)
+    room = lanes // k.shape[3] - k.shape[2]
+    new = jnp.stack([k, v], axis=1)
+    new = jnp.pad(new, ((0, 0), (0, 0), (0, 0), (0, room), (0, 0))) if room else new
+    new = new.reshape(batch, 2, -1, lanes)
     new = jnp.pad(new, ((0, 0), (0, 0), (0, -new.shape[2] % tile), (0, 0)))
     new = new.reshape(1, batch, 2, -1, tile, lanes).swapaxes(2, 3).astype(pool.dtype)
     return out, jax.lax.dynamic_update_slice(pool, new, (slot, 0, 0, 0, 0, 0))

@@ -6,6 +6,7 @@ specifications per compute capability (CUDA C++ programming guide).
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 
@@ -81,6 +82,13 @@ def gpu_rule(kind: str) -> GpuRule | None:
     if not kind.startswith(("NVIDIA ", "Tesla ")):
         return None
     return next((GPUS[word] for word in re.split(r"[\s-]", kind) if word in GPUS), None)
+
+
+def kind_of(mesh: Any) -> str:
+    """Of a mesh's devices; "" for one that is abstract and does not say."""
+    if isinstance(mesh, jax.sharding.AbstractMesh):
+        return "" if mesh.abstract_device is None else mesh.abstract_device.device_kind
+    return mesh.devices.flat[0].device_kind
 
 
 def device_kind() -> str:

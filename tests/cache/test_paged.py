@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax.cache import paged  # whose kernel is replaced
 from llm_jax.cache.paged import (
     abstract_paged,
     copy_pages,
@@ -16,6 +17,7 @@ from llm_jax.cache.paged import (
 )
 from llm_jax.config import ModelConfig
 from llm_jax.infer.paged_steps import StepShape, make_paged_forward
+from llm_jax.kernels.paged_attention.types import heads_held
 from llm_jax.models import describe, init_params
 from llm_jax.models.key_heads import repeat_key_heads
 from llm_jax.ops.attention import FullContext
@@ -118,6 +120,25 @@ def test_pieces_of_texts_equal_the_whole_forward(windows, mesh, dtype, bound):
     assert done.tolist() == [24, 27, 5, 23]
 
 
+@pytest.mark.parametrize(
+    ("mesh", "dtype", "bound"), [("", None, 2e-5), ("data:2,tensor:4", jnp.int8, 0.1)]
+)
+def test_pages_with_room_for_more_heads(monkeypatch, mesh, dtype, bound):
+    """As TPUs have them, by XLA; see also `test_the_kernel_of_tpus`."""
+    monkeypatch.setattr(paged, "kind_of", lambda mesh: "TPU v5e")
+    pools = abstract_paged(describe(config()).config, (3,), 16, make_mesh(mesh), dtype).pools
+    shard = pools[0].tokens.sharding.shard_shape(pools[0].tokens.shape)
+    assert shard[-1] == 128  # of 16 x 4, or 16 x 1
+    test_pieces_of_texts_equal_the_whole_forward("mixed", mesh, dtype, bound)
+
+
+def test_heads_fill_the_lanes_of_tpus_only():
+    assert [heads_held(n, 64, "TPU v6e") for n in (1, 2, 3, 25)] == [2, 2, 4, 26]
+    assert [heads_held(8, dim, "TPU7x") for dim in (80, 96, 128, 256)] == [8, 8, 8, 8]
+    assert heads_held(3, 80, "TPU v4") == 8
+    assert heads_held(25, 64, "cpu") == heads_held(25, 64, "NVIDIA H100") == 25
+
+
 def test_tokens_that_the_host_does_not_know_come_from_the_device():
     model, mesh = describe(config()), make_mesh("")
     params = init_params(model, mesh, jax.random.key(0))
@@ -177,13 +198,13 @@ def test_sizes_and_what_is_refused():
 @SLOW
 @pytest.mark.lenient  # jax's simulator promotes
 def test_the_kernel_of_tpus(monkeypatch):
-    from llm_jax.cache import paged  # the module whose kernel is replaced
-
     def interpreted(*args, implementation, **options):
         return attention(*args, implementation="pallas", interpret=True, **options)
 
     attention = paged.paged_attention
     monkeypatch.setattr(paged, "paged_attention", interpreted)
     make_paged_forward.cache_clear()
+    test_pieces_of_texts_equal_the_whole_forward("mixed", "", None, 2e-5)
+    monkeypatch.setattr(paged, "kind_of", lambda mesh: "TPU v5e")  # pages with room for more heads
     test_pieces_of_texts_equal_the_whole_forward("mixed", "", None, 2e-5)
     make_paged_forward.cache_clear()

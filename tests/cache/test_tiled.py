@@ -73,6 +73,14 @@ def test_decoding_equals_the_whole_forward(windows, mesh):
         np.testing.assert_array_equal(cache.length, LENGTHS + 3)
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.slow
+def test_tiles_with_room_for_more_heads(monkeypatch):
+    monkeypatch.setattr(tiled, "kind_of", lambda mesh: "TPU v5e")
+    assert empty(describe(config()), make_mesh("")).full.shape[-1] == 128  # of 16 x 4
+    test_decoding_equals_the_whole_forward("mixed", "")
+
+
 def test_rows_move():
     model, mesh = describe(config(WINDOWS["mixed"])), make_mesh("")
     shapes = empty(model, mesh)

@@ -124,7 +124,8 @@ def paged_attention(
     reads key head n // (N / K). A token sees its row's tokens up to itself, and if `window` is not 0
     only those less than so many places before it. softcap: c tanh(s / c) of the scores, 0 = none.
     Attention of padding is 0. layer: which of the pages' layers. layer, window: numbers or [] int32.
-    Where T = R every row has one new token, and only that is compiled.
+    Where T = R every row has one new token, and only that is compiled. Pages may have room for more
+    heads than K, see `types.heads_held`.
 
     Tokens are quantized to 8-bit pages here, each head's largest number to the largest that there is.
 
@@ -145,10 +146,21 @@ def paged_attention(
         note(PagedProblem.of(q, pages, rows), Choice(implementation, "named by the caller"))
     layer, window = jnp.asarray(layer, jnp.int32), jnp.asarray(window, jnp.int32)
     window = jnp.where(window == 0, NO_WINDOW, window)
+    heads, (q, k, v) = q.shape[1], _with_room(q, k, v, pages)
     new, new_scales = _new(k, v, pages)
-    if implementation != "pallas":
-        how = {"scale": scale, "softcap": softcap, "together": implementation == "xla_together"}
-        return reference_paged_attention(q, new, new_scales, pages, rows, layer, window=window, **how)
+    given, how = (q, new, new_scales, pages, rows, layer), {"scale": scale, "softcap": softcap}
+    if implementation == "pallas":
+        out, pages = _by_kernel(*given, window, sizes, interpret, **how)
+    else:
+        how |= {"window": window, "together": implementation == "xla_together"}
+        out, pages = reference_paged_attention(*given, **how)
+    return _of_heads(out, heads), pages
+
+
+def _by_kernel(
+    q, new, new_scales, pages, rows: Rows, layer, window, sizes, interpret, *, scale, softcap
+):
+    """`paged_attention` of as many heads as pages have room for."""
     if of_gpu := gpu_in_use(interpret):
         how = {"scale": scale, "softcap": softcap, "interpret": bool(interpret)}
         return gpu.paged(of_gpu, q, new, new_scales, pages, rows, layer, window, **how)
@@ -192,10 +204,13 @@ def contiguous_attention(
     """
     layer, window = jnp.asarray(layer, jnp.int32), jnp.asarray(window, jnp.int32)
     window = jnp.where(window == 0, NO_WINDOW, window)
+    heads, (q, k, v) = q.shape[1], _with_room(q, k, v, pages)
     new, new_scales = _new(k, v, pages)
     if of_gpu := gpu_in_use(interpret):
         how = {"scale": scale, "softcap": softcap, "interpret": bool(interpret)}
-        return gpu.contiguous(of_gpu, q, new, new_scales, pages, lengths, layer, window, ring, **how)
+        given = (new_scales, pages, lengths, layer, window, ring)
+        out, pages = gpu.contiguous(of_gpu, q, new, *given, **how)
+        return _of_heads(out, heads), pages
     count, rule = q.shape[0], chip_rule(bool(interpret))
     given = [new] if new_scales is None else [new, new_scales]
     order = InOrder(pages.tokens.shape[1] // count, ring)
@@ -211,7 +226,19 @@ def contiguous_attention(
         sizes=_sizes(rule, q, pages, count, order.pages).decode,
         **_options(rule, scale, softcap, bool(interpret)),
     )
-    return out, Pages(*held, *[None] * (2 - len(held)))
+    return _of_heads(out, heads), Pages(*held, *[None] * (2 - len(held)))
+
+
+def _with_room(q, k, v, pages: Pages) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """With as many key heads as pages have room for, of which those that are more are zeros."""
+    kv_heads, dim = k.shape[1:]
+    more = pages.tokens.shape[4] // dim - kv_heads
+    wide = lambda x, count: jnp.pad(x, ((0, 0), (0, count), (0, 0))) if count else x  # noqa: E731
+    return wide(q, more * q.shape[1] // kv_heads), wide(k, more), wide(v, more)
+
+
+def _of_heads(out: jax.Array, heads: int) -> jax.Array:
+    return out if out.shape[1] == heads else out[:, :heads]
 
 
 def _new(k, v, pages: Pages) -> tuple[jax.Array, jax.Array | None]:
@@ -360,12 +387,14 @@ def _check(q, k, v, pages: Pages, rows: Rows, implementation) -> None:
         raise ValueError(f"q, k, v of {shapes}: expected [T, N, H], [T, K, H] twice")
     if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(f"q {q.shape} does not fit k {k.shape}: tokens, head_dim, or heads % kv_heads")
-    lanes = k.shape[1] * k.shape[2]
-    if pages.tokens.ndim != 5 or pages.tokens.shape[4] != lanes:
+    (kv_heads, dim), lanes = k.shape[1:], pages.tokens.shape[-1]
+    if pages.tokens.ndim != 5 or lanes % dim or lanes < kv_heads * dim:
         raise ValueError(
-            f"pages of {pages.tokens.shape}: expected [L, P, 2, Z, {lanes}] for k {k.shape}"
+            f"pages of {pages.tokens.shape}: expected [L, P, 2, Z, {kv_heads * dim}] for k {k.shape}, "
+            "or room for more heads"
         )
-    wanted = abstract_pages(*pages.tokens.shape[:2], pages.page_size, *k.shape[1:], pages.tokens.dtype)
+    of_pages = (*pages.tokens.shape[:2], pages.page_size, lanes // dim)
+    wanted = abstract_pages(*of_pages, dim, pages.tokens.dtype)
     found = [None if x is None else x.shape for x in (pages.scales, wanted.scales)]
     if found[0] != found[1]:
         raise ValueError(f"scales of {found[0]} beside {pages.tokens.dtype} pages: expected {found[1]}")

@@ -5,11 +5,13 @@ a row.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
-from llm_jax.kernels.paged_attention.scales import scale_rows
+from llm_jax.kernels.chips import RULES
+from llm_jax.kernels.paged_attention.scales import LANES, scale_rows
 
 CHUNK_ALIGNMENT = 16  # tokens; where a row of several new tokens may begin
 EIGHT_BITS = {  # the largest number that scales map a head's largest to
@@ -24,7 +26,7 @@ EIGHT_BITS = {  # the largest number that scales map a head's largest to
 class Pages:
     """Keys and values of all layers. 8-bit pages have a scale for each token and head, see `scales`."""
 
-    tokens: jax.Array  # [L, P, 2, Z, K H], keys and then values; a token's heads side by side
+    tokens: jax.Array  # [L, P, 2, Z, K H], keys, then values; a token's heads side by side
     scales: jax.Array | None  # [L, P, X, 128] float32
 
     @property
@@ -48,6 +50,16 @@ class Rows:
     lengths: jax.Array  # [R], all its tokens, the new ones too
     decodes: jax.Array  # [], rows with a single new token
     rows: jax.Array  # [], rows that there are
+
+
+def heads_held(kv_heads: int, head_dim: int, kind: str) -> int:
+    """For how many heads pages should have room: `kv_heads`, or on a TPU as many as fill its 128 lanes.
+
+    A TPU pads the last axis to them. Where its compiler finds that too much it has another axis last,
+    and as kernels read pages as they are it would copy all of them to and fro in every step.
+    """
+    whole = LANES // math.gcd(LANES, head_dim) if kind in RULES else 1
+    return -(-kv_heads // whole) * whole
 
 
 def abstract_pages(
