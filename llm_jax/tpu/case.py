@@ -26,13 +26,14 @@ class Case:
 
     args: trees of `jax.ShapeDtypeStruct` or numpy arrays; those with a sharding are placed by it, the
     others whole on the first device. flops and hbm_bytes: what the result needs at least, from which the
-    shares of peak are taken; 0 = not known.
+    shares of peak are taken; 0 = not known. options: of the compiler, by name.
     """
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     flops: float = 0.0
     hbm_bytes: float = 0.0
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def kernel_integers(function: Callable[..., Any], args: tuple[Any, ...]) -> list[tuple[str, Integers]]:

@@ -83,7 +83,7 @@ def _compiled(order: dict[str, Any], build: Callable[..., Any], devices: list[An
     cached = place.is_dir()
     if not cached:
         start = time.perf_counter()
-        compiled = lowered.compile()
+        compiled = lowered.compile(getattr(case, "options", {}))
         compile_s = time.perf_counter() - start
         versions = {"jax": jax.__version__, "libtpu": devices[0].client.platform_version}
         times = {"lower_s": lower_s, "compile_s": compile_s}
@@ -166,7 +166,8 @@ def _coords(case: Case, first: Any, topology: str) -> list[tuple[int, ...]]:
 def _key(text: str, topology: str, flags: str, case: Case, version: str) -> str:
     """A name for all that the result depends on."""
     values = [x.tobytes() for x in jax.tree.leaves(case.args) if isinstance(x, np.ndarray)]
-    parts = (FORMAT, text, topology, flags, case.flops, case.hbm_bytes, version)
+    options = [f"{name}={value}" for name, value in getattr(case, "options", {}).items()]
+    parts = (FORMAT, text, topology, flags, case.flops, case.hbm_bytes, version, *options)
     return hashlib.sha256("\0".join(map(str, parts)).encode() + b"\0".join(values)).hexdigest()[:32]
 
 

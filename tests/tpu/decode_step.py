@@ -7,6 +7,7 @@ from llm_jax.cache import abstract_cache
 from llm_jax.cache.paged import abstract_paged
 from llm_jax.compress.quantize import quantized_shapes
 from llm_jax.config import ModelConfig
+from llm_jax.infer.generate import compiler_options
 from llm_jax.infer.paged_steps import StepShape, make_paged_forward
 from llm_jax.infer.steps import make_forward
 from llm_jax.models import describe
@@ -49,7 +50,8 @@ def decode_step(
         with jax.sharding.use_abstract_mesh(grid.abstract_mesh):
             return forward(params, cache, tokens)
 
-    return Case(jax.jit(step, donate_argnums=1), (params, cache, tokens))
+    options = compiler_options(devices[0].device_kind)
+    return Case(jax.jit(step, donate_argnums=1), (params, cache, tokens), options=options)
 
 
 def engine_step(
@@ -77,7 +79,8 @@ def engine_step(
         with jax.sharding.use_abstract_mesh(grid.abstract_mesh):
             return forward(params, cache, newest, packed)
 
-    return Case(jax.jit(step, donate_argnums=1), (params, cache, newest, packed))
+    options = compiler_options(devices[0].device_kind)
+    return Case(jax.jit(step, donate_argnums=1), (params, cache, newest, packed), options=options)
 
 
 def _params(model, mesh, weights: str):
