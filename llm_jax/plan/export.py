@@ -18,8 +18,8 @@ from typing import Any
 
 from llm_jax.config import EngineConfig
 from llm_jax.plan.quote import hbm_limit
-from llm_jax.plan.steps import abstract_mesh, device_bytes, serving_arrays
-from llm_jax.plan.workload import CACHES, Workload, devices
+from llm_jax.plan.steps import device_bytes, mesh_on, serving_arrays
+from llm_jax.plan.workload import CACHES, Workload
 from llm_jax.sharding import data_shards
 from llm_jax.tpu.compile import SETTINGS, library
 
@@ -40,7 +40,7 @@ class Exported:
 
 def engine_settings(work: Workload, topology: str, mesh: str) -> dict[str, Any]:
     """Settings of an engine for a workload: its rows, lengths, and pages that fit beside the weights."""
-    on = abstract_mesh(mesh, devices(topology))
+    on = mesh_on(topology, mesh)
     shards = data_shards(on)
     _, params, cache = serving_arrays(work, on)
     one = device_bytes(cache) // (work.rows(shards) * work.pages)  # a page of each pool

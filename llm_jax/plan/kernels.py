@@ -18,6 +18,13 @@ PEAK = {
     "flash_attention_queries": (0.54, 0.87, 0.87, 0.45, 0.46),
     "paged_chunk": (0.66, 0.89, 0.92, 0.42, 0.43),
     "quantized_matmul": (0.88, 0.98, 0.98, 0.95, 0.98),
+    "quantized_matmul, 8-bit rows": (
+        0.87,
+        1.95,
+        1.93,
+        1.72,
+        0.98,
+    ),  # on units for integers where there are
     "grouped_matmul": (0.95, 0.98, 0.98, 0.78, 0.94),
     "grouped_matmul_weights": (0.95, 0.98, 0.98, 0.78, 0.94),
 }
@@ -26,6 +33,7 @@ HBM = {
     "paged_decode, 8 bits": (0.25, 0.95, 0.93, 0.95, 0.87),
     "paged_write": (0.33, 0.85, 0.47, 0.68, 0.41),
     "quantized_matmul": (0.82, 0.97, 0.93, 0.96, 0.92),
+    "quantized_matmul, 8-bit rows": (0.82, 0.97, 0.93, 0.96, 0.92),
 }
 SECOND = 0.9  # share of the limit that is not the kernel's usual one
 
@@ -59,6 +67,11 @@ def kernel_cost(x: Operation, generation: str, traffic: Traffic) -> KernelCost |
     if known is None:
         return None
     flops, moved, name = known(x, traffic)
+    return at_share(name, generation, flops, moved)
+
+
+def at_share(name: str, generation: str, flops: float, moved: float) -> KernelCost:
+    """The cost of a kernel that computes and moves so much, at the shares that it reaches."""
     at = GENERATIONS.index(generation)
     share = lambda table: table[name][at] if name in table else SECOND  # noqa: E731
     return KernelCost(flops, moved, share(PEAK), share(HBM))
@@ -87,22 +100,28 @@ def _write(x: Operation, traffic: Traffic) -> tuple[float, float, str]:
 
 
 def _flash(x: Operation, traffic: Traffic) -> tuple[float, float, str]:
-    return _attention(x, traffic, 2), _moved(x), "flash_attention"
+    queries, keys = _of_attention(x)[:2]
+    return _attention(queries, keys, traffic, 2), _moved(x), "flash_attention"
 
 
 def _flash_keys(x: Operation, traffic: Traffic) -> tuple[float, float, str]:
+    _, queries, keys = _of_attention(x)[:3]  # keys with their tokens last come first
     products = 5 if len(x.made) > 2 else 4  # with or without the queries' gradient
-    return _attention(x, traffic, products), _moved(x), "flash_attention_keys"
+    return _attention(queries, keys, traffic, products), _moved(x), "flash_attention_keys"
 
 
 def _flash_queries(x: Operation, traffic: Traffic) -> tuple[float, float, str]:
-    return _attention(x, traffic, 3), _moved(x), "flash_attention_queries"
+    _, queries, keys = _of_attention(x)[:3]
+    return _attention(queries, keys, traffic, 3), _moved(x), "flash_attention_queries"
 
 
-def _attention(x: Operation, traffic: Traffic, products: int) -> float:
-    """Of so many products of queries and keys; a causal mask leaves half of them."""
-    first, second = [a for a in x.given if a.dtype in FLOATING and len(a.dims) >= 3][:2]
-    return products * 2 * math.prod(first.dims) * traffic.seen(second.dims[2]) / 2
+def _of_attention(x: Operation) -> list[Array]:
+    return [a for a in x.given if a.dtype in FLOATING and len(a.dims) >= 3]
+
+
+def _attention(queries: Array, keys: Array, traffic: Traffic, products: int) -> float:
+    """Of so many products of queries and keys [B, K, S, H]; a causal mask leaves half of them."""
+    return products * 2 * math.prod(queries.dims) * traffic.seen(keys.dims[2]) / 2
 
 
 def _quantized(x: Operation, traffic: Traffic) -> tuple[float, float, str]:
@@ -112,7 +131,8 @@ def _quantized(x: Operation, traffic: Traffic) -> tuple[float, float, str]:
     rows = next(a for a in given if len(a.dims) == 2)
     depth, columns = weight.dims[1:]
     moved = depth * columns * weight.bytes / math.prod(weight.dims) + rows.bytes + _bytes(x.made)
-    return 2.0 * rows.dims[0] * depth * columns, moved, "quantized_matmul"
+    name = "quantized_matmul" if rows.dtype in FLOATING else "quantized_matmul, 8-bit rows"
+    return 2.0 * rows.dims[0] * depth * columns, moved, name
 
 
 def _grouped(x: Operation, traffic: Traffic) -> tuple[float, float, str]:

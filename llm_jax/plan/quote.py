@@ -9,12 +9,12 @@ from typing import Any
 from llm_jax.models import describe
 from llm_jax.models.cost import forward_flops
 from llm_jax.plan.kernels import Traffic, kernel_cost
-from llm_jax.plan.steps import abstract_mesh, device_bytes, serving_arrays, training_arrays
+from llm_jax.plan.steps import device_bytes, mesh_on, serving_arrays, training_arrays
 from llm_jax.plan.workload import Workload, chips, devices, price_of
 from llm_jax.sharding import data_shards
 from llm_jax.tpu.chips import chip_of
 from llm_jax.tpu.compile import WITHOUT_CODE, CompileError, Program, compile_for
-from llm_jax.tpu.hlo import each, operations, read_module
+from llm_jax.tpu.hlo import Loop, Operation, each, operations, read_module
 from llm_jax.tpu.links import Slice
 from llm_jax.tpu.timing import Assumptions, Timeline, time_program
 
@@ -27,12 +27,12 @@ HOST_S, HOST_ROW_S = 500e-6, 22e-6
 
 @dataclasses.dataclass(frozen=True)
 class StepQuote:
-    """One compiled step on each device.
+    """One step on each device.
 
     limit: "compute", "memory", "interconnect", "overhead" or "host". by_limit: seconds that go to each.
     mfu: of the bfloat16 peak, by the operations that the model needs; hbm_share: of HBM's bandwidth.
     collectives: of each kind, how many and how many bytes a step. argument_bytes: of the arrays that the
-    step is given, as the compiler counts them.
+    step is given, as the compiler counts them; 0 on paper, as are code_bytes and compile_s.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Quote:
     """What is said of a workload on a slice with a mesh; times are a model's, see docs/plan.md.
 
     hbm_bytes: of the fullest device by category; free_bytes: what is left, negative where it does not
-    fit. refused: what the compiler said where it does not.
+    fit. refused: what the compiler said where it does not. paper: by `paper.estimate`, not compiled.
     """
 
     workload: Workload
@@ -79,6 +79,7 @@ class Quote:
     usd_per_million_prompt_tokens: float | None = None
     advice: str = ""
     refused: str = ""
+    paper: bool = False
 
     def record(self) -> dict[str, Any]:
         """As JSON holds it; the collectives of the step that decides the speed stand at the top too."""
@@ -129,7 +130,7 @@ def arrays_of(work: Workload, topology: str, mesh: str, steps: Sequence[str]) ->
 
     Raises ValueError for a mesh that does not make up the slice, or cannot split the model.
     """
-    on = abstract_mesh(mesh, devices(topology))
+    on = mesh_on(topology, mesh)
     if on.size != devices(topology):
         raise ValueError(
             f"mesh={mesh!r} has {on.size} devices, topology={topology!r} {devices(topology)}: their "
@@ -149,14 +150,36 @@ def arrays_of(work: Workload, topology: str, mesh: str, steps: Sequence[str]) ->
 
 def _step(name: str, work: Workload, program: Program, mesh: str, assumed: Assumptions) -> StepQuote:
     module = operations(read_module(program.text("hlo.txt")))
-    line = time_step(work, program, module, assumed)
-    chip, on = program.chip, abstract_mesh(mesh, devices(program.topology))
-    shards = data_shards(on)
-    tokens, seen = _tokens(name, work, shards)
-    config = work.config
+    line = time_step(name, work, program, module, assumed)
+    return step_quote(
+        name,
+        work,
+        program.topology,
+        mesh,
+        line,
+        module,
+        argument_bytes=program.memory["argument_size_in_bytes"],
+        temp_bytes=program.memory["temp_size_in_bytes"],
+        code_bytes=program.memory["generated_code_size_in_bytes"],
+        compile_s=program.compile_s,
+    )
+
+
+def step_quote(
+    name: str,
+    work: Workload,
+    topology: str,
+    mesh: str,
+    line: Timeline,
+    module: tuple[Operation | Loop, ...],
+    **rest: Any,
+) -> StepQuote:
+    """What is said of a step that takes this time. rest: of `StepQuote`, what is known already."""
+    chip, on = chip_of(topology), mesh_on(topology, mesh)
+    tokens, seen = _tokens(name, work, data_shards(on))
     flops = 0.0
     if name != "choose":
-        flops = forward_flops(describe(config), tokens, seen) * (3 if name == "train" else 1)
+        flops = forward_flops(describe(work.config), tokens, seen) * (3 if name == "train" else 1)
     collectives: dict[str, dict[str, float]] = {}
     for operation, times in each(module):
         if operation.collective is not None:
@@ -173,23 +196,30 @@ def _step(name: str, work: Workload, program: Program, mesh: str, assumed: Assum
         mfu=flops / (line.seconds * chip.peak_flops * on.size),
         hbm_share=line.hbm_bytes / (line.seconds * chip.hbm_bandwidth),
         collectives=collectives,
-        argument_bytes=program.memory["argument_size_in_bytes"],
-        temp_bytes=program.memory["temp_size_in_bytes"],
-        code_bytes=program.memory["generated_code_size_in_bytes"],
-        compile_s=program.compile_s,
         longest=tuple(line.operations[:8]),
         unknown_kernels=tuple(sorted(line.unknown)),
+        **rest,
     )
 
 
-def time_step(work: Workload, program: Program, module: tuple, assumed: Assumptions) -> Timeline:
+def time_step(
+    name: str, work: Workload, program: Program, module: tuple, assumed: Assumptions
+) -> Timeline:
     """The time model of a compiled step at the workload's lengths."""
-    config = work.config
-    experts = (config.num_experts, config.experts_per_token)
-    traffic = Traffic(work.context, work.context / 2, config.layer_windows, *experts)
-    cost = functools.partial(kernel_cost, generation=program.chip.name, traffic=traffic)
+    cost = functools.partial(kernel_cost, generation=program.chip.name, traffic=traffic_of(work, name))
     place = Slice(program.topology, program.coords)
     return time_program(module, program.chip, place, cost, assumed)
+
+
+def traffic_of(work: Workload, name: str) -> Traffic:
+    """What the kernels of a step see: single tokens the whole context, prompts half of it on average.
+
+    A step of prompts has room for single tokens too, but none in it.
+    """
+    config = work.config
+    single = 0 if name == "prefill" else work.context
+    experts = (config.num_experts, config.experts_per_token)
+    return Traffic(single, work.context / 2, config.layer_windows, *experts)
 
 
 def _tokens(name: str, work: Workload, shards: int) -> tuple[int, int]:
@@ -221,7 +251,7 @@ def conclude(
     fits = bool(found) and not refused and used <= limit
     rate = price_of(topology)
     hourly = None if rate is None else rate * chips(topology)
-    shards = data_shards(abstract_mesh(mesh, devices(topology)))
+    shards = data_shards(mesh_on(topology, mesh))
     values: dict[str, Any] = {"usd_per_hour": hourly}
     decode, prefill, train = (found.get(name) for name in ("decode", "prefill", "train"))
     if prefill is not None:

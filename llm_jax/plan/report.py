@@ -14,6 +14,8 @@ from llm_jax.plan.quote import Quote, StepQuote
 from llm_jax.plan.search import pareto
 
 NOTE = "times are a model's, not measured: docs/plan.md says how far off it is"
+SHOWN = 16  # meshes that were not compiled, with the reason
+PAPER = "on paper: by formulas, nothing was compiled; temporaries are a guess"
 
 
 def text(found: Quote) -> str:
@@ -22,6 +24,7 @@ def text(found: Quote) -> str:
     lines = [
         f"{work.model} on {found.topology}, {found.mesh}: batch {work.batch}, context {work.context}, "
         f"weights {work.weights}, cache {work.cache}",
+        *([PAPER] if found.paper else []),
         "",
         f"{'fits' if found.fits else 'DOES NOT FIT'}: "
         f"{gib(found.hbm_limit - found.free_bytes)} of {gib(found.hbm_limit)} a device"
@@ -41,8 +44,9 @@ def _step(step: StepQuote) -> list[str]:
     lines = [
         f"{step.name}: {step.seconds * 1e3:.2f} ms for {step.tokens} tokens, limit: {step.limit} "
         f"(ms: {limits})",
-        f"  {step.mfu:.1%} of peak FLOPs, {step.hbm_share:.1%} of HBM bandwidth; compiled in "
-        f"{step.compile_s:.0f} s, temporaries {gib(step.temp_bytes)}",
+        f"  {step.mfu:.1%} of peak FLOPs, {step.hbm_share:.1%} of HBM bandwidth; "
+        + (f"compiled in {step.compile_s:.0f} s, " if step.compile_s else "")
+        + f"temporaries {gib(step.temp_bytes)}",
     ]
     for kind, entry in step.collectives.items():
         lines.append(f"  {kind}: {entry['count']:.0f} a step, {entry['bytes'] / 1e6:.1f} MB")
@@ -90,8 +94,9 @@ def table(quotes: Sequence[Quote], refused: Sequence[tuple[str, str]] = ()) -> s
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(f"{x:<{w}}" for x, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += [f"not compiled: {mesh}: {reason}" for mesh, reason in refused]
-    return "\n".join([*lines, "", NOTE])
+    lines += [f"not compiled: {mesh}: {reason}" for mesh, reason in refused[:SHOWN]]
+    lines += [f"not compiled: {len(refused) - SHOWN} more"] * (len(refused) > SHOWN)
+    return "\n".join([*lines, "", *([PAPER] if any(q.paper for q in quotes) else []), NOTE])
 
 
 def exported(made: Exported) -> str:

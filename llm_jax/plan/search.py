@@ -1,16 +1,19 @@
-"""Meshes for a slice, and batches: compile what can fit, and rank it."""
+"""Meshes for a slice, and batches: rank on paper what can fit, compile the best, and rank that."""
 
 import concurrent.futures
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+from llm_jax.plan.paper import estimate
 from llm_jax.plan.quote import Quote, arrays_of, hbm_limit, quote
 from llm_jax.plan.workload import Workload, devices
-from llm_jax.sharding import DATA_AXES
+from llm_jax.sharding import DATA_AXES, MESH_AXES
 
-SERVING_AXES, TRAINING_AXES = ("data", "expert", "tensor"), ("data", "fsdp", "expert", "tensor")
+SERVING_AXES, TRAINING_AXES = ("data", "expert", "tensor"), MESH_AXES
 AT_ONCE = 2  # compilations; each takes a gigabyte or two
+MOST = 8  # meshes that a search compiles
+Ask = Callable[..., Quote]  # `quote`, or `estimate`
 
 
 def meshes(topology: str, axes: Sequence[str]) -> list[str]:
@@ -55,14 +58,26 @@ def candidates(
 
 def _refuse(work: Workload, topology: str, mesh: str, steps: Sequence[str]) -> str:
     sizes = {name: int(n) for name, n in (part.split(":") for part in mesh.split(","))}
-    config, tensor = work.config, sizes.get("tensor", 1)
-    if config.num_experts % sizes.get("expert", 1):
-        return f"expert={sizes['expert']} does not divide num_experts={config.num_experts}"
-    if config.num_heads % tensor:
-        return f"tensor={tensor} does not divide num_heads={config.num_heads}"
-    shards = math.prod(n for name, n in sizes.items() if name in DATA_AXES)
+    config = work.config
+    for axis, name, whole in (
+        ("expert", "num_experts", config.num_experts),
+        ("tensor", "num_heads", config.num_heads),
+        ("stage", "num_layers", config.num_layers),
+        ("fsdp", "embed_dim", config.embed_dim),
+        ("context", "half of context", work.context // 2),  # see `sharding.balanced`
+    ):
+        if axis in sizes and whole % sizes[axis]:
+            return f"{axis}={sizes[axis]} does not divide {name}={whole}"
+    stages, shards = (
+        sizes.get("stage", 1),
+        math.prod(n for name, n in sizes.items() if name in DATA_AXES),
+    )
     if work.batch % shards:
         return f"batch={work.batch} is no multiple of its {shards} data shards"
+    if stages > 1 and (
+        work.microbatches % stages or work.batch * stages % ((work.microbatches or stages) * shards)
+    ):
+        return f"microbatches={work.microbatches} do not fit stage={stages} and the batch"
     needs = arrays_of(work, topology, mesh, steps)
     return "" if sum(needs.values()) <= hbm_limit(topology) else "does not fit: " + _sizes(needs)
 
@@ -71,25 +86,51 @@ def _sizes(needs: dict[str, int]) -> str:
     return ", ".join(f"{name} {n / (1 << 30):.1f} GiB" for name, n in needs.items())
 
 
-def search(
-    work: Workload, topology: str, steps: Sequence[str], said: Callable[[str], None], **options
+def ranked(
+    work: Workload, topology: str, steps: Sequence[str]
 ) -> tuple[list[Quote], list[tuple[str, str]]]:
-    """(quotes of all meshes that may fit, the fastest first; (mesh, why not) of the others)."""
+    """(quotes on paper of all meshes that may fit, the fastest first; (mesh, why not) of the others)."""
     good, bad = candidates(work, topology, steps)
-    quotes = _all([(work, mesh) for mesh in good], topology, steps, said, **options)
-    return sorted(quotes, key=rank), bad
+    return sorted((estimate(work, topology, mesh, steps) for mesh in good), key=rank), bad
+
+
+def search(
+    work: Workload,
+    topology: str,
+    steps: Sequence[str],
+    said: Callable[[str], None],
+    most: int = MOST,
+    **options,
+) -> tuple[list[Quote], list[tuple[str, str]]]:
+    """(quotes of the `most` meshes that are the fastest on paper, ranked; (mesh, why not) of others)."""
+    found, bad = ranked(work, topology, steps)
+    if found[most:]:
+        said(f"of {len(found)} meshes the {most} that are the fastest on paper are compiled")
+    left = [(q.mesh, f"slower on paper, {step_s(q) * 1e3:.2f} ms a step") for q in found[most:]]
+    works = [(work, q.mesh) for q in found[:most]]
+    return sorted(_all(works, topology, steps, said, **options), key=rank), left + bad
+
+
+def best(work: Workload, topology: str, most: int = MOST) -> list[str]:
+    """The meshes on which decoding is the fastest on paper."""
+    return [q.mesh for q in ranked(work, topology, ("decode",))[0][:most]]
+
+
+def step_s(found: Quote) -> float:
+    """Seconds of the step that decides the speed; of prompts, of all of them."""
+    return found.decode_step_s or found.train_step_s or found.prefill_s or 0.0
 
 
 def sweep(
     work: Workload,
     topology: str,
-    mesh: str,
+    meshes: Sequence[str],
     batches: Sequence[int],
     said: Callable[[str], None],
     **options,
 ) -> list[Quote]:
-    """Quotes of decoding for several batches, in their order."""
-    works = [(dataclasses.replace(work, batch=n), mesh) for n in batches]
+    """Quotes of decoding on several meshes for several batches, in their order."""
+    works = [(dataclasses.replace(work, batch=n), mesh) for mesh in meshes for n in batches]
     return _all(works, topology, ("decode",), said, **options)
 
 
@@ -116,11 +157,12 @@ def _all(
     topology: str,
     steps: Sequence[str],
     said: Callable[[str], None],
+    ask: Ask = quote,
     **options,
 ) -> list[Quote]:
     def one(item: tuple[Workload, str]) -> Quote:
         work, mesh = item
-        found = quote(work, topology, mesh, steps, **options)
+        found = ask(work, topology, mesh, steps, **options)
         said(f"{topology} {mesh} batch {work.batch}: {'fits' if found.fits else 'does not fit'}")
         return found
 

@@ -6,23 +6,24 @@ compiles. Memory that arrays take is computed from their shapes alone, with no d
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from llm_jax.cache.paged import PagedCache, abstract_paged, pool_windows
 from llm_jax.compress.quantize import quantized_shapes
 from llm_jax.config import EngineConfig, OptimConfig
 from llm_jax.engine.programs import Buckets
+from llm_jax.infer.generate import compiler_options
 from llm_jax.infer.paged_steps import StepShape, init_slots, make_paged_forward, make_paged_sample
 from llm_jax.models import Model, Params, describe
 from llm_jax.models.key_heads import served
 from llm_jax.ops.sampling import GREEDY
-from llm_jax.plan.workload import CACHES, Workload
+from llm_jax.plan.workload import CACHES, Workload, device_kind, devices
 from llm_jax.sharding import (
     MESH_AXES,
     batch_sharding,
@@ -41,10 +42,20 @@ from llm_jax.train.step import make_train_step
 TRAIN_STEPS = 1000  # of the schedule; the program is the same for any
 
 
-def abstract_mesh(mesh: str, count: int) -> AbstractMesh:
-    """The mesh of "data:2,tensor:-1" on so many devices that are not there; see `mesh_sizes`."""
+def abstract_mesh(mesh: str | Mapping[str, int], count: int, kind: str = "") -> AbstractMesh:
+    """The mesh of "data:2,tensor:-1" on so many devices that are not there; see `mesh_sizes`.
+
+    kind: of the devices, as JAX names it; caches have another shape on a TPU.
+    """
     sizes = mesh_sizes(mesh, count)
-    return AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+    device = AbstractDevice(kind, None, "tpu") if kind else None
+    types = (AxisType.Auto,) * len(sizes)
+    return AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=types, abstract_device=device)
+
+
+def mesh_on(topology: str, mesh: str) -> AbstractMesh:
+    """The mesh of a slice's devices."""
+    return abstract_mesh(mesh, devices(topology), device_kind(topology))
 
 
 def serving_arrays(work: Workload, mesh: Any) -> tuple[Model, Params, PagedCache]:
@@ -62,7 +73,8 @@ def serving_arrays(work: Workload, mesh: Any) -> tuple[Model, Params, PagedCache
 
 def training_arrays(work: Workload, mesh: Any) -> tuple[Model, Optimizer, TrainState]:
     """(model, optimizer, abstract state) on a mesh, abstract or not."""
-    config = dataclasses.replace(work.config, param_dtype="float32", remat=work.remat)
+    of_training = {"remat": work.remat, "microbatches": work.microbatches}
+    config = dataclasses.replace(work.config, param_dtype="float32", **of_training)
     model = describe(config)
     optimizer = make_optimizer(
         OptimConfig(learning_rate=1e-3, optimizer=work.optimizer), model, TRAIN_STEPS
@@ -101,7 +113,7 @@ def choose(devices: list[Any], workload: dict[str, Any], mesh: str) -> Case:
     slots = jax.tree.map(lambda x: _rows(x.shape, x.dtype, on), slots)
     logits = _rows((shards, rows, work.config.vocab_size), jnp.float32, on)
     args = (logits, slots, _rows((shards, 2, rows), jnp.int32, on))
-    return Case(_within(on, make_paged_sample(GREEDY), 1), args)
+    return _served(on, make_paged_sample(GREEDY), args)
 
 
 def train(devices: list[Any], workload: dict[str, Any], mesh: str) -> Case:
@@ -129,7 +141,13 @@ def _forward(work: Workload, mesh: Mesh, shape: StepShape) -> Case:
     newest = _rows((shards, shape.rows, 1), jnp.int32, mesh)
     packed = _rows(shape.empty(shards)[0].shape, jnp.int32, mesh)
     args = (params, cache, newest, packed)
-    return Case(_within(mesh, make_paged_forward(model, shape), 1), args)
+    return _served(mesh, make_paged_forward(model, shape), args)
+
+
+def _served(mesh: Mesh, function: Callable, args: tuple) -> Case:
+    """A step of the engine, as `infer.generate.Compiled` compiles it."""
+    options = compiler_options(mesh.devices.flat[0].device_kind)
+    return Case(_within(mesh, function, 1), args, options=options)
 
 
 def _within(mesh: Mesh, function: Callable, donated: int) -> Callable:

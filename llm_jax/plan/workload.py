@@ -10,6 +10,7 @@ from llm_jax.checkpoint.hf import load_config
 from llm_jax.compress.quantize import SCHEMES
 from llm_jax.config import OPTIMIZERS, ModelConfig, nearest
 from llm_jax.config.checks import choice, require
+from llm_jax.kernels.chips import RULES
 from llm_jax.models.families import from_hf
 from llm_jax.tpu.chips import chip_of
 from llm_jax.tpu.links import LINKS
@@ -34,6 +35,7 @@ class Workload:
         prefill_tokens: of prompts that one step reads on each data shard, at most.
         remat: what a layer keeps for its backward pass; see `ModelConfig.remat`.
         optimizer: of training; see `OptimConfig.optimizer`.
+        microbatches: of training in stages; see `ModelConfig.microbatches`.
     """
 
     model: str
@@ -45,13 +47,14 @@ class Workload:
     prefill_tokens: int = 2048
     remat: str = "full"
     optimizer: str = "adamw"
+    microbatches: int = 0
 
     def __post_init__(self):
         for name in ("batch", "context", "page_size", "prefill_tokens"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         choice("weights", self.weights, tuple(WEIGHTS))
         choice("optimizer", self.optimizer, tuple(OPTIMIZERS))
-        dataclasses.replace(self.config, remat=self.remat)  # refuses another name
+        dataclasses.replace(self.config, remat=self.remat, microbatches=self.microbatches)  # or refuses
         choice("cache", self.cache, tuple(CACHES))
         most = self.config.max_positions
         require(self.context <= most, "context", self.context, f"at most the model's {most} positions")
@@ -121,3 +124,8 @@ def chips(topology: str) -> int:
 def devices(topology: str) -> int:
     """JAX devices of "v5e:4x4"."""
     return chips(topology) * LINKS[chip_of(topology).name].devices
+
+
+def device_kind(topology: str) -> str:
+    """As JAX names the devices of "v5e:4x4"."""
+    return next(kind for kind, rule in RULES.items() if rule.name == chip_of(topology).name)

@@ -28,6 +28,9 @@ SLICES = ("dynamic-slice", "slice", "gather")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 INTEGERS = ("s8", "u8", "s4", "u4")
 ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
+IN_PLACE = (
+    "output_to_operand_aliasing={{}: (0, {})}"  # of a fusion in another: the same with other tiles
+)
 HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 BODY = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
 NAMES = re.compile(r"%([\w.\-]+)")
@@ -384,7 +387,7 @@ class _Reader:
                     total += user.arrays[0].bytes
                 elif user.opcode == "dynamic-update-slice" and user.operands[0] == x.name:
                     total += 0.0  # changed in place
-                elif user.opcode == "bitcast":
+                elif user.opcode == "bitcast" or IN_PLACE in user.rest:
                     total += read(user)
                 elif user.opcode == "fusion":
                     of = self._reads(user.called("calls") or "")

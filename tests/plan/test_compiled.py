@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from llm_jax.plan.export import engine_settings, export_cache
+from llm_jax.plan.paper import estimate
 from llm_jax.plan.quote import quote
 from llm_jax.plan.workload import Workload
 from llm_jax.tpu.compile import SETTINGS, library
@@ -95,6 +96,21 @@ def test_a_mixture_of_experts_gets_a_quote(tmp_path, topology, mesh):
         assert "grouped_matmul" in [operation for _, _, operation in step.longest]
 
 
+@pytest.mark.parametrize(
+    ("topology", "heads"), [("tpu7x:2x2x1", 1), ("v5e:2x4", 1), ("v5e:2x4", 3), ("v6e:2x4", 3)]
+)
+def test_a_step_copies_neither_weights_nor_pages(tmp_path, topology, heads):
+    """libtpu would rather have weights in other tiles on a tpu7x (`infer.generate.OPTIONS`), and pages
+    of which a device has 64 or 192 lanes in another order (`heads_held`).
+    """
+    sizes = {"head_dim": 64, "num_key_value_heads": 8 * heads, "num_attention_heads": 8 * heads}
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | sizes))
+    found = quote(Workload(str(tmp_path), batch=8, context=2048), topology, "tensor:8", ("decode",))
+    arrays = min(found.hbm_bytes["weights"], found.hbm_bytes["cache"])
+    assert found.steps["decode"].temp_bytes < arrays / 4
+    assert found.hbm_bytes["cache"] == 4 * 8 * 2048 * 2 * (heads + 1) * 64 * 2
+
+
 def test_training_and_sequences_that_are_split(small):
     work = Workload(small, batch=8, context=256)
     whole = quote(work, "v5e:2x2", "fsdp:4", ("train",))
@@ -117,13 +133,18 @@ found = export_cache(Workload(**json.loads(sys.argv[1])), "v5e:2x2", "tensor:4",
 print(Path(llm_jax.__file__).parents[1], found.new)
 """
 PLACED = """
+from llm_jax.plan.paper import device_order
 from llm_jax.plan.search import TRAINING_AXES, meshes
 from llm_jax.sharding import make_mesh
 from llm_jax.tpu.topology import topology_devices
-for topology in ("v5e:4x4", "v5p:2x2x2", "v6e:4x4", "tpu7x:2x2x1"):
-    devices = topology_devices(topology)
+for topology in ("v4:2x2x1", "v5e:4x4", "v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1"):
+    devices, axes = topology_devices(topology), len(topology.partition(":")[2].split("x"))
     for mesh in meshes(topology, TRAINING_AXES):
-        assert len(set(make_mesh(mesh, devices).devices.flat)) == len(devices)
+        there = make_mesh(mesh, devices).devices.ravel()
+        assert len(set(there)) == len(devices)
+        # On paper they are in the same places.
+        places = tuple((*d.coords[:axes], getattr(d, "core_on_chip", 0)) for d in there)
+        assert places == device_order(topology, mesh), (topology, mesh)
 """
 
 
@@ -157,6 +178,8 @@ def test_the_median_error_against_published_speeds_is_at_most_a_fifth():
             work = Workload("llama3.1-70b", batch=batch, weights="int8", cache="int8")
             found = quote(work, "v5e:4x4", mesh, ("decode",))
             errors.append(abs(found.tokens_per_s_per_sequence / speeds[batch] - 1))
+            on_paper = estimate(work, "v5e:4x4", mesh, ("decode",))
+            assert on_paper.decode_step_s == pytest.approx(found.decode_step_s, rel=0.05)
     assert statistics.median(errors) <= 0.2
 
 

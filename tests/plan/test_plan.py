@@ -272,11 +272,26 @@ def test_costs_of_kernels_are_arithmetic():
     cost = kernel_cost(operation("flash_attention", given, "bf16:1x4096x4096"), "v6e", traffic)
     assert cost.flops == pytest.approx(137.4e9, rel=1e-3)
     assert cost.peak_share == 0.44
+    # Backward: 5 products for the forward pass's 2, or 4 and 3 in two kernels.
+    rows, gradients = "f32:1x8x4x4096 f32:1x8x4x4096", "bf16:1x8x4096x128 bf16:1x8x4096x128"
+    given = f"bf16:1x8x128x4096 bf16:1x4096x4096 {gradients} bf16:1x4096x4096 {rows}"
+    for name, made, products in (
+        ("flash_attention_keys", f"{gradients} bf16:1x4096x4096", 5),
+        ("flash_attention_keys", gradients, 4),
+        ("flash_attention_queries", "bf16:1x4096x4096", 3),
+    ):
+        cost = kernel_cost(operation(name, given, made), "v6e", traffic)
+        assert cost.flops == pytest.approx(137.4e9 / 2 * products, rel=1e-3)
     # A matrix of 4096 x 14336 bytes out of 32.
     given = "s32:1 bf16:16x4096 s8:32x4096x14336 f32:1x14336"
     cost = kernel_cost(operation("quantized_matmul", given, "bf16:16x14336"), "v5e", traffic)
     assert cost.hbm_bytes == 4096 * 14336 + 2 * 16 * (4096 + 14336)
     assert cost.flops == 2 * 16 * 4096 * 14336
+    # Rows of int8 too: units that multiply integers do so twice as fast.
+    given = "s32:1 s8:16x4096 f32:16x1 s8:32x4096x14336 f32:1x14336"
+    cost = kernel_cost(operation("quantized_matmul", given, "bf16:16x14336"), "v5e", traffic)
+    assert cost.flops == 2 * 16 * 4096 * 14336
+    assert cost.peak_share == 1.95
     # 64 tokens choose 2 of 8 experts, of which a device has 2, in the fourth of 32 layers.
     mixture = dataclasses.replace(traffic, experts=8, chosen=2)
     given = "s32:2 s32:1 bf16:128x4096 bf16:64x14336x4096"

@@ -146,6 +146,46 @@ def test_a_slice_counts_as_the_slice_and_an_update_as_the_update():
     assert put.hbm_bytes == 2 * 128 * 4
 
 
+# As the compiler of a tpu7x writes a product with one of 16 stacked matrices, read by other tiles.
+RETILED = """HloModule m
+
+%copy_fusion (p.0: bf16[16,64,128]) -> bf16[16,64,128] {
+  %p.0 = bf16[16,64,128]{2,1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %copy = bf16[16,64,128]{2,1,0:T(8,128)(2,1)} copy(%p.0)
+}
+
+%sliced (q.0: bf16[16,64,128], q.1: s32[]) -> bf16[64,128] {
+  %q.0 = bf16[16,64,128]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %tiled = bf16[16,64,128]{2,1,0:T(8,128)(2,1)} fusion(%q.0), kind=kLoop, ALIASED, calls=%copy_fusion
+  %q.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = bf16[1,64,128]{2,1,0} dynamic-slice(%tiled, %q.1, %zero, %zero), dynamic_slice_sizes={1,64,128}
+  ROOT %flat = bf16[64,128]{1,0} bitcast(%one)
+}
+
+%product (r.0: bf16[4,128], r.1: bf16[16,64,128], r.2: s32[]) -> bf16[4,64] {
+  %r.0 = bf16[4,128]{1,0} parameter(0)
+  %r.1 = bf16[16,64,128]{2,1,0:T(16,128)(2,1)} parameter(1)
+  %r.2 = s32[] parameter(2)
+  %matrix = bf16[64,128]{1,0} fusion(%r.1, %r.2), kind=kLoop, calls=%sliced
+  ROOT %out = bf16[4,64]{1,0} convolution(%r.0, %matrix), dim_labels=bf_oi->bf
+}
+
+ENTRY %main (x: bf16[4,128], w: bf16[16,64,128], i: s32[]) -> bf16[4,64] {
+  %x = bf16[4,128]{1,0:T(4,128)(2,1)S(1)} parameter(0)
+  %w = bf16[16,64,128]{2,1,0:T(16,128)(2,1)} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %y = bf16[4,64]{1,0:T(4,128)(2,1)S(1)} fusion(%x, %w, %i), kind=kOutput, calls=%product
+}
+"""
+
+
+def test_other_tiles_in_place_are_not_read():
+    (product,) = program(RETILED.replace("ALIASED", "output_to_operand_aliasing={{}: (0, {})}"))
+    assert product.hbm_bytes == 64 * 128 * 2 + 4  # the slice, and which one
+    assert product.flops == 2 * 4 * 64 * 128
+
+
 def test_types():
     found = arrays("(f32[2,3]{1,0:T(8,128)S(1)}, s4[16]{0}, pred[], /*index=3*/f8e4m3fn[5]{0})")
     assert [a.bytes for a in found] == [24, 8, 1, 5]
