@@ -6,7 +6,6 @@ dispatch costs one call and one fetch.
 """
 
 import dataclasses
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,13 +26,11 @@ from llm_jax.infer.steps import (
     make_start,
 )
 from llm_jax.infer.timeline import Timeline
-from llm_jax.kernels.chips import RULES
+from llm_jax.kernels.compiler_options import SERVE, compiler_options
 from llm_jax.models import Model, Params
 from llm_jax.ops.sampling import SamplingParams, pack
 from llm_jax.sharding import data_shards, fetch, put_batch, put_whole
 from llm_jax.tree import is_per_layer
-
-logger = logging.getLogger(__name__)
 
 MIN_BUCKET = 16  # smallest padded prompt
 CACHE_STEP = 64  # cache sizes are multiples of this, so that few shapes are compiled
@@ -89,16 +86,6 @@ def pad_prompts(prompts: Sequence[Sequence[int]], multiple: int) -> tuple[np.nda
     return tokens, lengths
 
 
-# libtpu (0.0.42 and 0.0.52) would rather have bfloat16 weights in tiles of 16 rows, which arguments
-# cannot have, and would copy all weights to such tiles in every step.
-OPTIONS = {"tpu7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": 0}}
-
-
-def compiler_options(kind: str) -> dict[str, int]:
-    """What the steps that serve are compiled with on a kind of device, besides XLA's own settings."""
-    return OPTIONS.get(RULES[kind].name, {}) if kind in RULES else {}
-
-
 class Compiled:
     """Jitted functions compiled ahead for the shapes they meet, so that compiling is timed apart."""
 
@@ -112,27 +99,16 @@ class Compiled:
         key = (fn, structure, shapes)
         if key not in self._programs:
             start = time.perf_counter()
-            self._programs[key] = _compile(fn.lower(*args), compiler_options(_device_kind(leaves)))
+            self._programs[key] = fn.lower(*args).compile(_options(leaves))
             timing.compile_s += time.perf_counter() - start
         return self._programs[key]
 
 
-def _compile(lowered: jax.stages.Lowered, options: dict[str, int]) -> jax.stages.Compiled:
-    try:
-        return lowered.compile(options)
-    except jax.errors.JaxRuntimeError as error:
-        if "No such compile option" not in str(error):
-            raise
-        logger.warning(
-            "compiled without %s, which this libtpu does not know: steps may be slower", options
-        )
-        return lowered.compile()
-
-
-def _device_kind(leaves: Sequence[Any]) -> str:
-    """Of the devices that arrays, or their shapes, are on; "" where none says."""
+def _options(leaves: Sequence[Any]) -> dict[str, int]:
+    """What a program is compiled with for the devices that its arrays, or their shapes, are on."""
     shardings = (getattr(x, "sharding", None) for x in leaves)
-    return next((next(iter(s.device_set)).device_kind for s in shardings if s is not None), "")
+    device = next((next(iter(s.device_set)) for s in shardings if s is not None), None)
+    return {} if device is None else compiler_options(SERVE, device)
 
 
 def check_lengths(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> None:

@@ -18,8 +18,8 @@ from llm_jax.cache.paged import PagedCache, abstract_paged, pool_windows
 from llm_jax.compress.quantize import quantized_shapes
 from llm_jax.config import EngineConfig, OptimConfig
 from llm_jax.engine.programs import Buckets
-from llm_jax.infer.generate import compiler_options
 from llm_jax.infer.paged_steps import StepShape, init_slots, make_paged_forward, make_paged_sample
+from llm_jax.kernels.compiler_options import SERVE, TRAIN, compiler_options
 from llm_jax.models import Model, Params, describe
 from llm_jax.models.key_heads import served
 from llm_jax.ops.sampling import GREEDY
@@ -124,7 +124,8 @@ def train(devices: list[Any], workload: dict[str, Any], mesh: str) -> Case:
     batch = {name: _rows((work.batch, work.context), jnp.int32, on) for name in names}
     key = jax.eval_shape(lambda: jax.random.key(0)).update(sharding=replicated(on))
     step = make_train_step(model, lm_loss, optimizer, on)
-    return Case(_within(on, step.function, 0), (state, batch, key))
+    options = compiler_options(TRAIN, on.devices.flat[0])
+    return Case(_within(on, step.function, 0), (state, batch, key), options=options)
 
 
 def _buckets(work: Workload, mesh: Mesh) -> Buckets:
@@ -146,7 +147,7 @@ def _forward(work: Workload, mesh: Mesh, shape: StepShape) -> Case:
 
 def _served(mesh: Mesh, function: Callable, args: tuple) -> Case:
     """A step of the engine, as `infer.generate.Compiled` compiles it."""
-    options = compiler_options(mesh.devices.flat[0].device_kind)
+    options = compiler_options(SERVE, mesh.devices.flat[0])
     return Case(_within(mesh, function, 1), args, options=options)
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from llm_jax.kernels.compiler_options import TRAIN, compiler_options
 from llm_jax.models import Params, Trainable
 from llm_jax.train.bad_loss import RECENT, is_bad
 from llm_jax.train.objectives import Batch, Objective
@@ -73,8 +74,9 @@ def make_train_step(
 
     bind_all = _binder(model, mesh)
     shardings = state_shardings(model, optimizer, mesh)
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    return _OnMesh(compiled, mesh)
+    options = compiler_options(TRAIN, mesh.devices.flat[0])
+    places = {"donate_argnums": 0, "out_shardings": (shardings, None)}
+    return _OnMesh(jax.jit(step, **places, compiler_options=options or None), mesh)
 
 
 @functools.lru_cache(maxsize=8)  # several held-out sets share one program

@@ -12,7 +12,7 @@ from llm_jax import LLM, SamplingParams
 from llm_jax.checkpoint.hf import load_config, load_hf
 from llm_jax.config import ModelConfig
 from llm_jax.data.tokenizer import ByteTokenizer
-from llm_jax.infer.generate import Compiled, Timing, compiler_options, prompt_bucket
+from llm_jax.infer.generate import prompt_bucket
 from llm_jax.infer.timeline import PHASES, Timeline
 from llm_jax.models import describe, init_params
 from llm_jax.sharding import make_mesh
@@ -215,41 +215,3 @@ def test_the_sorter_sorts():
     request = SamplingParams(max_new_tokens=5, temperature=0, ignore_eos=True)
     outputs = llm.generate(prompts, request)
     assert [o.token_ids for o in outputs] == [sorted(p)[:5] for p in prompts]
-
-
-class Refusing:
-    """A lowered program whose compiler does not know our options."""
-
-    def __init__(self, message: str):
-        self.message, self.options = message, []
-
-    def compile(self, options=None):
-        self.options.append(options)
-        if options:
-            raise jax.errors.JaxRuntimeError(self.message)
-        return "a program"
-
-    def lower(self, *args):
-        return self
-
-
-class Placed:
-    """An argument on a device of some kind: its own sharding, and its own device."""
-
-    shape, dtype = (), "float32"
-
-    def __init__(self, kind: str):
-        self.sharding, self.device_set, self.device_kind = self, {self}, kind
-
-
-def test_steps_are_compiled_with_what_the_chip_needs(caplog):
-    assert compiler_options("TPU7x")
-    assert compiler_options("TPU v6 lite") == compiler_options("cpu") == {}
-    lowered = Refusing("INVALID_ARGUMENT: No such compile option: 'xla_tpu_x'")
-    assert Compiled().get(lowered, Timing(), Placed("TPU7x")) == "a program"
-    assert lowered.options == [compiler_options("TPU7x"), None]
-    assert "which this libtpu does not know" in caplog.text
-    lowered = Refusing("RESOURCE_EXHAUSTED")
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE"):
-        Compiled().get(lowered, Timing(), Placed("TPU7x"))
-    assert Compiled().get(lowered, Timing(), Placed("TPU v6 lite")) == "a program"

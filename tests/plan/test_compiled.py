@@ -100,7 +100,7 @@ def test_a_mixture_of_experts_gets_a_quote(tmp_path, topology, mesh):
     ("topology", "heads"), [("tpu7x:2x2x1", 1), ("v5e:2x4", 1), ("v5e:2x4", 3), ("v6e:2x4", 3)]
 )
 def test_a_step_copies_neither_weights_nor_pages(tmp_path, topology, heads):
-    """libtpu would rather have weights in other tiles on a tpu7x (`infer.generate.OPTIONS`), and pages
+    """libtpu would rather have weights in other tiles on a tpu7x (`compiler_options`), and pages
     of which a device has 64 or 192 lanes in another order (`heads_held`).
     """
     sizes = {"head_dim": 64, "num_key_value_heads": 8 * heads, "num_attention_heads": 8 * heads}
@@ -117,7 +117,8 @@ def test_training_and_sequences_that_are_split(small):
     split = quote(work, "v5e:2x2", "fsdp:2,context:2", ("train",))
     assert whole.fits
     assert split.fits
-    assert "all-gather" in whole.steps["train"].collectives
+    assert "all-gather" in whole.steps["train"].collectives  # and not passed round, see
+    assert "collective-permute" not in whole.steps["train"].collectives  # kernels/compiler_options.py
     assert "collective-permute" in split.steps["train"].collectives
     assert whole.limit in ("compute", "memory", "interconnect")
     assert set(whole.hbm_bytes) == {"weights", "optimizer", "temporaries", "programs"}

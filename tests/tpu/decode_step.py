@@ -7,9 +7,9 @@ from llm_jax.cache import abstract_cache
 from llm_jax.cache.paged import abstract_paged
 from llm_jax.compress.quantize import quantized_shapes
 from llm_jax.config import ModelConfig
-from llm_jax.infer.generate import compiler_options
 from llm_jax.infer.paged_steps import StepShape, make_paged_forward
 from llm_jax.infer.steps import make_forward
+from llm_jax.kernels.compiler_options import SERVE, compiler_options
 from llm_jax.models import describe
 from llm_jax.models.key_heads import served
 from llm_jax.sharding import batch_sharding, make_mesh, placed
@@ -50,7 +50,7 @@ def decode_step(
         with jax.sharding.use_abstract_mesh(grid.abstract_mesh):
             return forward(params, cache, tokens)
 
-    options = compiler_options(devices[0].device_kind)
+    options = compiler_options(SERVE, devices[0])
     return Case(jax.jit(step, donate_argnums=1), (params, cache, tokens), options=options)
 
 
@@ -79,7 +79,7 @@ def engine_step(
         with jax.sharding.use_abstract_mesh(grid.abstract_mesh):
             return forward(params, cache, newest, packed)
 
-    options = compiler_options(devices[0].device_kind)
+    options = compiler_options(SERVE, devices[0])
     return Case(jax.jit(step, donate_argnums=1), (params, cache, newest, packed), options=options)
 
 
