@@ -125,7 +125,7 @@ def train(devices: list[Any], workload: dict[str, Any], mesh: str) -> Case:
     key = jax.eval_shape(lambda: jax.random.key(0)).update(sharding=replicated(on))
     step = make_train_step(model, lm_loss, optimizer, on)
     options = compiler_options(TRAIN, on.devices.flat[0])
-    return Case(_within(on, step.function, 0), (state, batch, key), options=options)
+    return Case(_within(on, step.part, 0), (state, batch, key), options=options)
 
 
 def _buckets(work: Workload, mesh: Mesh) -> Buckets:

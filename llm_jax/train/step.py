@@ -74,9 +74,10 @@ def make_train_step(
 
     bind_all = _binder(model, mesh)
     shardings = state_shardings(model, optimizer, mesh)
-    options = compiler_options(TRAIN, mesh.devices.flat[0])
     places = {"donate_argnums": 0, "out_shardings": (shardings, None)}
-    return _OnMesh(jax.jit(step, **places, compiler_options=options or None), mesh)
+    part, options = jax.jit(step, **places), compiler_options(TRAIN, mesh.devices.flat[0])
+    whole = jax.jit(step, **places, compiler_options=options) if options else part
+    return _OnMesh(whole, mesh, part)
 
 
 @functools.lru_cache(maxsize=8)  # several held-out sets share one program
@@ -90,7 +91,7 @@ def make_eval_step(model: Trainable, objective: Objective, mesh: Mesh) -> Callab
         loss, count, metrics = objective(bind(params, *frozen), batch, None)
         return {"loss": (loss, count)} | metrics
 
-    return _OnMesh(step, mesh)
+    return _OnMesh(step, mesh, step)
 
 
 def _binder(model: Trainable, mesh: Mesh) -> Callable[..., Any]:
@@ -164,10 +165,14 @@ def _split_rows(x: jax.Array, parts: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class _OnMesh:
-    """A jitted function, called or lowered with `mesh` set, which activation constraints refer to."""
+    """A jitted function, called or lowered with `mesh` set, which activation constraints refer to.
+
+    part: the same for a program around it, as only the whole of a program has options of the compiler.
+    """
 
     function: Any
     mesh: Mesh
+    part: Any
 
     def __call__(self, *args):
         with jax.set_mesh(self.mesh):
