@@ -420,7 +420,7 @@ class Engine:
     @property
     def _may_run_ahead(self) -> bool:
         """Whether a step can be planned without the tokens of the one before."""
-        waits = any(live.grammars or live.search for live in self._live.values())
+        waits = self._live.some("grammars", "search")
         return self.config.overlap and not self.runner.drafts and not waits
 
     # The device's side.
@@ -466,7 +466,8 @@ class Engine:
     def _land(self, flight: Flight) -> list[Delta]:
         """Take in what a step chose."""
         chosen: Any = flight.chosen
-        found = read_chosen(chosen if chosen.ndim == 4 else chosen[:, :, None])
+        made, *more = read_chosen(chosen if chosen.ndim == 4 else chosen[:, :, None])
+        made = made.tolist()  # [D, S or R, P], as is each array of `more`
         scores = None if flight.scores is None else read_chosen(flight.scores)
         beams = () if flight.candidates is None else read_candidates(flight.candidates)
         deltas: list[Delta] = []
@@ -480,12 +481,14 @@ class Engine:
                 if scores is not None and self._live.of(row).is_scored(row):
                     at = flight.starts[d, i]
                     self._score(row, [x[d, at : at + row.count] for x in scores])
-                search = self._live.of(row).search
-                if row.samples and search is not None:
-                    search.take(row.sequence, Candidates(*(x[d, i] for x in beams)))
+                live = self._live.of(row)
+                if row.samples and live.search is not None:
+                    live.search.take(row.sequence, Candidates(*(x[d, i] for x in beams)))
                 elif row.samples:
-                    tokens[i], texts[row.sequence], ended = self._reply(row, [x[d, i] for x in found])
-                    stopped |= {i} if ended else set()
+                    logs = [x[d, i] for x in more] if live.params.logprobs is not None else ()
+                    tokens[i], texts[row.sequence], ended = self._reply(row, live, made[d][i], logs)
+                    if ended:
+                        stopped.add(i)
                 if flight.taps is not None:
                     self._record(flight.taps, d, i, row, len(tokens.get(i, ())))
             start = time.perf_counter()
@@ -503,20 +506,21 @@ class Engine:
                 scheduler.cancel(name, Reason.STOP)
         return self._reported(scheduler.poll())
 
-    def _reply(self, row: Row, found: list[np.ndarray]) -> tuple[list[int], str, bool]:
-        """(new tokens, their text, whether it ends there) of a row's [P, ...] choices."""
-        sequence, sample = row.sequence, row.sequence.sample
-        live = self._live[sequence.request.id]
+    def _reply(
+        self, row: Row, live: Live, made: list[int], logs: Sequence[np.ndarray]
+    ) -> tuple[list[int], str, bool]:
+        """(new tokens, their text, whether it ends there) of a row's choices, [P] and [P, ...]."""
+        sample = row.sequence.sample
         reply, text, tokens = live.replies[sample], "", []
-        for place, token in enumerate(found[0].tolist()):
+        for place, token in enumerate(made):
             if token < 0 or reply.stopped:
                 break
             tokens.append(token)
-            text += reply.take(token, [x[place] for x in found[1:]] or None)
+            text += reply.take(token, [x[place] for x in logs] or None)
             if live.grammars:
                 live.grammars[sample].accept(token)
         if row.drafted:
-            accepted = int((found[0] >= 0).sum()) - 1
+            accepted = sum(token >= 0 for token in made) - 1
             live.drafts[sample].learn(row.drafted, accepted)
             self.drafted_tokens += row.drafted
             self.accepted_tokens += accepted

@@ -1,5 +1,6 @@
 """What the engine knows of a request besides the scheduler, and what it tells the caller."""
 
+import collections
 import dataclasses
 from collections.abc import Callable
 
@@ -47,6 +48,14 @@ class Live:
     taps: Taps | None
     recorders: list[Recorder]  # of each continuation, if something is recorded
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """What is not asked for by most requests; see `LiveRequests.some`."""
+        given = {name: getattr(self, name) for name in ("grammars", "search", "taps")}
+        given |= {"mask": self.mask is not None}
+        given |= {"prompt_logprobs": self.params.prompt_logprobs is not None}
+        return tuple(name for name, value in given.items() if value)
+
     def is_scored(self, row: Row) -> bool:
         """Whether log probabilities of a row's tokens are wanted: of its prompt's."""
         first = row.sequence.sample == 0 and row.start < len(row.sequence.request.prompt) - 1
@@ -54,8 +63,24 @@ class Live:
 
 
 class LiveRequests(dict[str, Live]):
-    """By id."""
+    """By id. `some` says what any of them asks for, so that steps without it need not look for it."""
+
+    def __init__(self):
+        super().__init__()
+        self._asked: collections.Counter[str] = collections.Counter()
+
+    def __setitem__(self, id: str, live: Live) -> None:
+        super().__setitem__(id, live)
+        self._asked.update(live.asked)
+
+    def __delitem__(self, id: str) -> None:
+        self._asked.subtract(self[id].asked)
+        super().__delitem__(id)
 
     def of(self, row: Row) -> Live:
         """The request of a row."""
         return self[row.sequence.request.id]
+
+    def some(self, *names: str) -> bool:
+        """Whether any request has one of these fields of `Live`, or "prompt_logprobs"."""
+        return any(self._asked[name] > 0 for name in names)

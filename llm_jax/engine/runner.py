@@ -18,6 +18,7 @@ from llm_jax.engine.drafters import HeadDrafter, ModelDrafter
 from llm_jax.engine.drafts import ON_DEVICE
 from llm_jax.engine.live import Live, LiveRequests
 from llm_jax.engine.page_mover import PageMover
+from llm_jax.engine.page_tables import PageTables
 from llm_jax.engine.plan import Row, StepPlan
 from llm_jax.engine.programs import WRITTEN, Buckets, Programs
 from llm_jax.engine.taps import StepTaps, is_tapped, step_taps
@@ -31,7 +32,6 @@ from llm_jax.ops.sampling import (
     new_rows,
     pack_row,
 )
-from llm_jax.ops.taps import Taps
 from llm_jax.sharding import data_shards
 
 Plans = list[StepPlan | None]  # of each data shard
@@ -94,6 +94,7 @@ class Runner:
         per_row = -(-self.max_length // config.page_size)
         sizes = (per_row, len(self.windows), self.alignment, self.drafts, hidden)
         buckets = Buckets.of(config, *sizes)
+        self._tables = PageTables(self.shards, config.max_rows, len(self.windows), per_row)
         states = (self.caches, self.slots, self.adapters.params)
         self.programs = Programs(self._llm, config, buckets, *states)
         self._mover = PageMover(self.programs)
@@ -114,29 +115,38 @@ class Runner:
         """Start a step; what it gives is not there yet."""
         self.caches = self._mover.move(plans, self.caches)
         self.adapters.write()
-        rows = [plan.rows if plan else [] for plan in plans]
+        rows, live = [plan.rows if plan else [] for plan in plans], self._live
+        searches, every = live.some("search"), [row for of_shard in rows for row in of_shard]
         self._upload(
-            [(d, row) for d, of_shard in enumerate(rows) for row in of_shard if self._is_new(row)]
+            [
+                (d, row)
+                for d, of_shard in enumerate(rows)
+                for row in of_shard
+                if row.first or (searches and self._is_new(row))
+            ]
         )
         buckets = self.programs.buckets
-        scored = any(self._live.of(row).is_scored(row) for of_shard in rows for row in of_shard)
+        scored = live.some("prompt_logprobs") and any(live.of(row).is_scored(row) for row in every)
         most = (max(map(len, rows)), max(*map(buckets.chunk_tokens, plans), int(scored)))
-        tapped = any(is_tapped(row, self._taps(row)) for of_shard in rows for row in of_shard)
+        tapped = live.some("taps") and any(is_tapped(row, live.of(row).taps) for row in every)
         shape = buckets.largest(most[1] > 0, scored) if tapped else buckets.shape(*most, scored)
         packed, parts = shape.empty(self.shards)
         places = shape.samples // shape.rows
         of = np.zeros((self.shards, shape.rows, 2 + places), np.int32)
         of[:, :, 0] = self.config.max_rows
-        tier = TIERS[0]
+        tiers = {TIERS[0]}
         for d, plan in enumerate(plans):
             if plan is not None:
-                tiers = self._pack(plan, d, parts, of)
-                tier = max([tier, *tiers], key=TIERS.index)
+                tiers |= self._pack(plan, d, parts, of)
+        tier = max(tiers, key=TIERS.index)
         if self.drafter:
             given = (plans, self.slots, self.caches[1:], tier, self._pack)
             self.slots, caches = self.drafter.draft(*given)
             self.caches = (self.caches[0], *caches)
-        taps = step_taps(self._llm.model.config, rows, parts["starts"], shape.tokens, self._taps)
+        taps = None
+        if tapped:
+            of_row = lambda row: live.of(row).taps  # noqa: E731
+            taps = step_taps(self._llm.model.config, rows, parts["starts"], shape.tokens, of_row)
         forward, given = self._forward(shape, taps)
         cache, *others = self.caches
         found = forward(self.adapters.params, cache, self.slots.newest, packed, *given)
@@ -158,6 +168,8 @@ class Runner:
         self, rows: list[list[Row]], shape: StepShape, logits: jax.Array
     ) -> jax.Array | None:
         """How the step's beams may go on, [D, R, 3, C]; None where it has no beam."""
+        if not self._live.some("search"):
+            return None
         of, tier = np.zeros((self.shards, 2, shape.rows), np.int32), None
         of[:, 0] = self.config.max_rows
         for d, of_shard in enumerate(rows):
@@ -167,9 +179,6 @@ class Runner:
                     of[d, :, i] = row.sequence.slot, row.made
                     tier = max(tier or GREEDY, live.tier, key=TIERS.index)
         return None if tier is None else self.programs.candidates(shape, tier)(logits, self.slots, of)
-
-    def _taps(self, row: Row) -> Taps | None:
-        return self._live.of(row).taps
 
     def _forward(self, shape: StepShape, taps: StepTaps | None) -> tuple[Callable, tuple]:
         """(the forward of a step, what it takes more), compiled now if it has taps that are new."""
@@ -212,20 +221,65 @@ class Runner:
 
     def _masked(self, rows: list[list[Row]]) -> Iterator[tuple[int, int, Live, Row]]:
         """(shard, row's index, request, row) of the rows that sample among some tokens only."""
+        if not self._live.some("mask"):
+            return
         for d, of_shard in enumerate(rows):
             for i, row in enumerate(of_shard):
                 live = self._live.of(row) if row.samples else None
                 if live is not None and live.mask is not None:
                     yield d, i, live, row
 
-    def _pack(self, plan: StepPlan, d: int, parts: dict[str, np.ndarray], of: np.ndarray) -> list:
+    def _pack(
+        self, plan: StepPlan, d: int, parts: dict[str, np.ndarray], of: np.ndarray
+    ) -> set[SamplingFeatures]:
         """Write a shard's rows into the arrays of a step; returns the tiers that they need."""
-        at, tiers, places = 0, [], of.shape[2] - 2
-        for i, row in enumerate(plan.rows):
-            sequence, prompt = row.sequence, row.sequence.request.prompt
-            if i >= len(plan.decodes):
-                at = -(-at // self.alignment) * self.alignment
-            end, drafted = at + row.count, row.drafted
+        slots = np.array([row.sequence.slot for row in plan.rows], np.int32)
+        for pool in range(len(self.windows)):
+            sequences = (row.sequence for row in plan.rows)
+            parts[f"table{pool}"][d, : len(slots)] = self._tables.of(d, pool, sequences, slots)
+        if "adapters" in parts:
+            names = [row.sequence.request.adapter for row in plan.rows]
+            parts["adapters"][d, : len(names)] = [self.adapters.place(name) for name in names]
+        if "targets" in parts:
+            self._pack_targets(plan, d, parts["targets"])
+        parts["decodes"][d], parts["rows"][d] = len(plan.decodes), len(plan.rows)
+        tiers = self._pack_decodes(plan.decodes, d, parts, of)
+        return tiers | self._pack_chunks(plan.chunks, len(plan.decodes), d, parts, of)
+
+    def _pack_decodes(
+        self, rows: list[Row], d: int, parts: dict[str, np.ndarray], of: np.ndarray
+    ) -> set[SamplingFeatures]:
+        """Rows of one token, all at once: most rows are such."""
+        if not rows:
+            return set()
+        width, tokens, numbers, tiers = self.slots.newest.shape[-1], [], [], set()
+        for row in rows:
+            sequence, start = row.sequence, row.start
+            known = sequence.tokens
+            tokens.append(known[start] if start < len(known) else -1 - sequence.slot * width)
+            slot, made = self.config.max_rows, 0
+            if row.samples and not sequence.request.search:
+                slot, made = sequence.slot, start + 1 - len(sequence.request.prompt)
+                tiers.add(self._live.of(row).tier)
+            numbers.append((start + 1, slot, made))
+        count, places = len(rows), of.shape[2] - 2
+        order, table = np.arange(count), np.array(numbers, np.int32)
+        parts["tokens"][d, :count] = tokens
+        parts["starts"][d, :count], parts["counts"][d, :count] = order, 1
+        parts["lengths"][d, :count] = table[:, 0]
+        parts["at"][d, : count * places] = np.repeat(order, places)
+        of[d, :count, :2] = table[:, 1:]
+        return tiers
+
+    def _pack_chunks(
+        self, rows: list[Row], before: int, d: int, parts: dict[str, np.ndarray], of: np.ndarray
+    ) -> set[SamplingFeatures]:
+        """Rows of several tokens, which come after `before` rows of one: each begins aligned."""
+        at, tiers, places = before, set(), of.shape[2] - 2
+        for i, row in enumerate(rows, before):
+            sequence, drafted = row.sequence, row.drafted
+            at = -(-at // self.alignment) * self.alignment
+            end = at + row.count
             known = sequence.tokens[row.start : row.start + row.count] + sequence.draft[:drafted]
             first = -1 - sequence.slot * self.slots.newest.shape[-1]
             parts["tokens"][d, at:end] = first
@@ -236,24 +290,23 @@ class Runner:
             parts["lengths"][d, i] = row.start + row.count
             place = np.minimum(np.arange(places), drafted) + end - 1 - drafted
             parts["at"][d, i * places : (i + 1) * places] = place
-            for pool, pages in enumerate(sequence.pages):
-                parts[f"table{pool}"][d, i, : len(pages)] = pages
-            if "adapters" in parts:
-                parts["adapters"][d, i] = self.adapters.place(sequence.request.adapter)
-            if "targets" in parts:
-                after = prompt[row.start + 1 : row.start + row.count + 1]
-                parts["targets"][d, at : at + len(after)] = after
             if row.samples and not sequence.request.search:
                 of[d, i, :2] = sequence.slot, row.made
                 if drafted:
                     of[d, i, 2], of[d, i, 3 : 3 + drafted] = drafted, known[-drafted:]
-                tiers.append(self._live.of(row).tier)
+                tiers.add(self._live.of(row).tier)
             at = end
-        for name in parts:
-            if name.startswith("table"):
-                np.maximum(parts[name][d], 0, out=parts[name][d])  # -1: slid out of the window
-        parts["decodes"][d], parts["rows"][d] = len(plan.decodes), len(plan.rows)
         return tiers
+
+    def _pack_targets(self, plan: StepPlan, d: int, targets: np.ndarray) -> None:
+        """What comes after each token of the prompts, whose log probabilities may be wanted."""
+        at = 0
+        for i, row in enumerate(plan.rows):
+            if i >= len(plan.decodes):
+                at = -(-at // self.alignment) * self.alignment
+            after = row.sequence.request.prompt[row.start + 1 : row.start + row.count + 1]
+            targets[d, at : at + len(after)] = after
+            at += row.count
 
     def _upload(self, fresh: list[tuple[int, Row]]) -> None:
         """Tell the device how new sequences sample."""

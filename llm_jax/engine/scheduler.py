@@ -203,12 +203,13 @@ class Scheduler:
         """Rows for the running sequences: the decodes, then the prompts."""
         decodes, prompts = [], []
         for sequence in self._running:
-            left = sequence.length - sequence.computed
-            if sequence.verifying is None and _to_sample(sequence) > 0:
-                (decodes if left == 1 else prompts).append(sequence)
+            length = sequence.length
+            if sequence.verifying is None and _to_sample(sequence, length) > 0:
+                (decodes if length - sequence.computed == 1 else prompts).append(sequence)
         for number, sequence in enumerate(decodes, 1):
             if sequence.slot >= 0:  # else it just gave up its pages to another
-                drafted = self._trim_draft(plan, sequence, len(decodes) - number)
+                after = len(decodes) - number
+                drafted = self._trim_draft(plan, sequence, after) if sequence.draft else 0
                 self._place(plan, sequence, 1 + drafted, drafted)
         for sequence in prompts:
             count = self._chunk(plan, sequence.length - sequence.computed)
@@ -217,11 +218,10 @@ class Scheduler:
 
     def _trim_draft(self, plan: StepPlan, sequence: Sequence, after: int) -> int:
         """Cut a draft to what it may bring and the budget bears with `after` rows and a chunk."""
-        if not sequence.draft:
-            return 0
         alignment = self.config.alignment
         spare = self.config.token_budget - plan.cost - after - alignment
-        most = min(_to_sample(sequence), spare // alignment * alignment, self.config.chunk_limit) - 1
+        left = _to_sample(sequence, sequence.length)
+        most = min(left, spare // alignment * alignment, self.config.chunk_limit) - 1
         if sequence.pending:
             most = 0  # it was drafted before its last token was known
         sequence.draft = sequence.draft[: max(0, most)]
@@ -677,6 +677,7 @@ def _expected(row: Row) -> int:
     return 1 + row.drafted if row.samples and not row.sequence.request.search else 0
 
 
-def _to_sample(sequence: Sequence) -> int:
-    """Tokens that no planned row samples yet."""
-    return sequence.request.max_new_tokens - sequence.length + len(sequence.request.prompt)
+def _to_sample(sequence: Sequence, length: int) -> int:
+    """Tokens that no planned row of a sequence of this length samples yet."""
+    request = sequence.request
+    return request.max_new_tokens - length + len(request.prompt)

@@ -22,7 +22,7 @@ from llm_jax.tpu.timing import Assumptions, Timeline, time_program
 NO_ROOM = ("memory space hbm", "CompileTimeHbmOom")
 RESERVED = 256 << 20  # bytes of HBM that the runtime keeps (v5e: 15.75 of 16 GiB are left)
 # What the engine's host needs for a step, and of that for each row, measured: see docs/plan.md.
-HOST_S, HOST_ROW_S = 500e-6, 22e-6
+HOST_S, HOST_ROW_S = 400e-6, 7e-6
 
 
 @dataclasses.dataclass(frozen=True)

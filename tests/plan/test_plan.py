@@ -178,7 +178,7 @@ def test_a_host_that_is_slower_than_the_devices_is_the_limit():
     work = Workload("gpt2", batch=1000, context=64)
     found = conclude(work, "v5e:1x1", "data:1", {"weights": 1}, {"decode": step}, "")
     assert found.limit == "host"
-    assert found.decode_step_s == pytest.approx(0.5e-3 + 1000 * 22e-6)
+    assert found.decode_step_s == pytest.approx(0.4e-3 + 1000 * 7e-6)
 
 
 def test_only_what_can_fit_is_compiled():
