@@ -15,6 +15,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -212,6 +213,7 @@ class _Reader:
 
     def __init__(self, module: Module):
         self.module = module
+        self.begun: dict[str, str] = {}  # channels of exchanges that fusions begin: the name of that
 
     def of(self, name: str) -> Iterator[Operation | Loop]:
         computation = self.module.computations[name]
@@ -279,7 +281,7 @@ class _Reader:
         start = x.opcode.endswith("-start")
         opcode = x.opcode.removesuffix("-start")
         cycles = re.search(r'"estimated_cycles":"(\d+)"', x.rest)
-        common = {
+        common: dict[str, Any] = {
             "name": x.name,
             "opcode": opcode,
             "part": "start" if start else "",
@@ -300,20 +302,31 @@ class _Reader:
         if opcode == "custom-call":
             return self.custom(x, where, common)
         if opcode == "fusion" and (fused := self.fused(x)) is not None:
-            return Operation(**common, collective=fused)
+            collective, channel = fused
+            if x.name.startswith("async-collective-start"):
+                self.begun[channel] = x.name
+                return Operation(**common | {"part": "start"}, collective=collective)
+            if x.name.startswith("async-collective-done"):
+                return Operation(**common | {"part": "done"}, of=self.begun[channel])
+            if channel not in self.begun:
+                return Operation(**common, collective=collective)
+            # Else it computes, and the exchange that has begun goes on beside.
         flops, integers = self.flops(x, where)
         inside = sum(a.bytes for a in (*self.operands(x, where), *x.arrays) if a.space == VMEM)
         moved = {"hbm_bytes": self.bytes(x, where), "vmem_bytes": inside}
         return Operation(**common, flops=flops, integers=integers, **moved)
 
-    def fused(self, x: Instruction) -> Collective | None:
-        """The collective inside of a fusion; an all-reduce of which a device keeps its part scatters."""
+    def fused(self, x: Instruction) -> tuple[Collective, str] | None:
+        """(collective inside of a fusion, its channel); an all-reduce of which a part is kept scatters."""
         inner = self.module.computations[x.called("calls") or ""]
         for y in inner.instructions.values():
             if y.opcode in COLLECTIVES:
                 found = _collective(y, y.opcode, self.operands(y, inner))
+                channel = y.attribute("channel_id") or ""
                 scatters = found.kind == "all-reduce" and x.arrays[0].bytes < found.bytes
-                return dataclasses.replace(found, kind="reduce-scatter") if scatters else found
+                return (
+                    dataclasses.replace(found, kind="reduce-scatter") if scatters else found
+                ), channel
         return None
 
     def offloaded(self, x: Instruction, where: Computation) -> Operation:

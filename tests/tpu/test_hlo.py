@@ -180,6 +180,45 @@ ENTRY %main (x: bf16[4,128], w: bf16[16,64,128], i: s32[]) -> bf16[4,64] {
 """
 
 
+# As the compiler of a v5e writes an all-gather that it begins in a fusion, goes on with while a product
+# is computed, and ends in a third one.
+BESIDE = """HloModule m
+
+%begin (p: bf16[64,128]) -> (bf16[64,128], bf16[256,128]) {
+  %p = bf16[64,128]{1,0} parameter(0)
+  %all-gather.1 = bf16[256,128]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}
+  ROOT %c = (bf16[64,128]{1,0}, bf16[256,128]{1,0}) custom-call(%p, %all-gather.1)
+}
+
+%go_on (q.0: bf16[8,128], q.1: bf16[64,128]) -> bf16[8,64] {
+  %q.0 = bf16[8,128]{1,0} parameter(0)
+  %q.1 = bf16[64,128]{1,0} parameter(1)
+  %all-gather.2 = bf16[256,128]{1,0} all-gather(%q.1), channel_id=7, replica_groups={{0,1,2,3}}
+  ROOT %out = bf16[8,64]{1,0} convolution(%q.0, %q.1), dim_labels=bf_oi->bf
+}
+
+%end (r: bf16[64,128]) -> bf16[256,128] {
+  %r = bf16[64,128]{1,0} parameter(0)
+  ROOT %all-gather.3 = bf16[256,128]{1,0} all-gather(%r), channel_id=7, replica_groups={{0,1,2,3}}
+}
+
+ENTRY %main (x: bf16[8,128], w: bf16[64,128]) -> bf16[256,128] {
+  %x = bf16[8,128]{1,0} parameter(0)
+  %w = bf16[64,128]{1,0} parameter(1)
+  %async-collective-start.1 = (bf16[64,128]{1,0}, bf16[256,128]{1,0}) fusion(%w), kind=kCustom, calls=%begin
+  %fusion.5 = bf16[8,64]{1,0} fusion(%x, %w), kind=kOutput, calls=%go_on
+  ROOT %async-collective-done.1 = bf16[256,128]{1,0} fusion(%w), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_an_exchange_in_fusions_goes_on_beside_what_they_compute():
+    begin, product, end = program(BESIDE)
+    assert (begin.part, begin.collective.kind, begin.collective.bytes) == ("start", "all-gather", 65536)
+    assert (product.part, product.collective, product.flops) == ("", None, 2 * 8 * 64 * 128)
+    assert (end.part, end.of, end.collective) == ("done", begin.name, None)
+
+
 def test_other_tiles_in_place_are_not_read():
     (product,) = program(RETILED.replace("ALIASED", "output_to_operand_aliasing={{}: (0, {})}"))
     assert product.hbm_bytes == 64 * 128 * 2 + 4  # the slice, and which one
