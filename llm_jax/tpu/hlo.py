@@ -317,7 +317,7 @@ class _Reader:
         return Operation(**common, flops=flops, integers=integers, **moved)
 
     def fused(self, x: Instruction) -> tuple[Collective, str] | None:
-        """(collective inside of a fusion, its channel); an all-reduce of which a part is kept scatters."""
+        """(collective in a fusion, its channel); an all-reduce of which a part is kept scatters."""
         inner = self.module.computations[x.called("calls") or ""]
         for y in inner.instructions.values():
             if y.opcode in COLLECTIVES:

@@ -205,7 +205,7 @@ BESIDE = """HloModule m
 ENTRY %main (x: bf16[8,128], w: bf16[64,128]) -> bf16[256,128] {
   %x = bf16[8,128]{1,0} parameter(0)
   %w = bf16[64,128]{1,0} parameter(1)
-  %async-collective-start.1 = (bf16[64,128]{1,0}, bf16[256,128]{1,0}) fusion(%w), kind=kCustom, calls=%begin
+  %async-collective-start.1 = (bf16[64,128]{1,0}, bf16[256,128]{1,0}) fusion(%w), calls=%begin
   %fusion.5 = bf16[8,64]{1,0} fusion(%x, %w), kind=kOutput, calls=%go_on
   ROOT %async-collective-done.1 = bf16[256,128]{1,0} fusion(%w), kind=kCustom, calls=%end
 }
