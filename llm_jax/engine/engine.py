@@ -467,7 +467,7 @@ class Engine:
         """Take in what a step chose."""
         chosen: Any = flight.chosen
         made, *more = read_chosen(chosen if chosen.ndim == 4 else chosen[:, :, None])
-        made = made.tolist()  # [D, S or R, P], as is each array of `more`
+        made = made.tolist()  # [D, S or R, P]; the arrays of `more` begin likewise
         scores = None if flight.scores is None else read_chosen(flight.scores)
         beams = () if flight.candidates is None else read_candidates(flight.candidates)
         deltas: list[Delta] = []

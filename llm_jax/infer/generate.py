@@ -107,8 +107,8 @@ class Compiled:
 def _options(leaves: Sequence[Any]) -> dict[str, int]:
     """What a program is compiled with for the devices that its arrays, or their shapes, are on."""
     shardings = (getattr(x, "sharding", None) for x in leaves)
-    device = next((next(iter(s.device_set)) for s in shardings if s is not None), None)
-    return {} if device is None else compiler_options(SERVE, device)
+    devices = next((s.device_set for s in shardings if s is not None), None)
+    return {} if devices is None else compiler_options(SERVE, devices)
 
 
 def check_lengths(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> None:

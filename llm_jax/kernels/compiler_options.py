@@ -5,6 +5,7 @@ Found by reading compiled programs of libtpu 0.0.42 and 0.0.52 (docs/plan.md); n
 
 import functools
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -25,8 +26,10 @@ GATHER = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1 << 20}
 TRAIN: dict[str, dict[str, int]] = {rule.name: GATHER for rule in RULES.values()}
 
 
-def compiler_options(table: dict[str, dict[str, int]], device: Any) -> dict[str, int]:
-    """Of SERVE or TRAIN, what a device's compiler knows; {} for what is no TPU."""
+def compiler_options(table: dict[str, dict[str, int]], devices: Iterable[Any]) -> dict[str, int]:
+    """Of SERVE or TRAIN, what the compiler of a program's devices knows; {} for what is no TPU."""
+    here = jax.process_index()  # which alone can compile for its devices
+    device = min(devices, key=lambda x: x.process_index != here)
     kind = device.device_kind
     found = table.get(RULES[kind].name, {}) if kind in RULES else {}
     return {name: value for name, value in found.items() if is_known(device, name, value)}

@@ -114,7 +114,7 @@ class Sketch:
     def train(self) -> Iterator[Operation | Loop]:
         """Forward, backward with what it computes again, gradients that are added up, the update."""
         stages = self.sizes["stage"]
-        micro, one = self.work.microbatches or stages, copy.copy(self)
+        micro, one = stages > 1 and self.work.microbatches or stages, copy.copy(self)
         one.rows, turns = self.rows * stages // micro, micro + stages - 1
         handed = tuple(one.exchange("collective-permute", one.wide_bytes, "stage"))
         yield _repeat((_repeat(tuple(one.layer()), self.layers), *handed), turns)

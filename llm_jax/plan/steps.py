@@ -124,7 +124,7 @@ def train(devices: list[Any], workload: dict[str, Any], mesh: str) -> Case:
     batch = {name: _rows((work.batch, work.context), jnp.int32, on) for name in names}
     key = jax.eval_shape(lambda: jax.random.key(0)).update(sharding=replicated(on))
     step = make_train_step(model, lm_loss, optimizer, on)
-    options = compiler_options(TRAIN, on.devices.flat[0])
+    options = compiler_options(TRAIN, on.devices.flat)
     return Case(_within(on, step.part, 0), (state, batch, key), options=options)
 
 
@@ -147,7 +147,7 @@ def _forward(work: Workload, mesh: Mesh, shape: StepShape) -> Case:
 
 def _served(mesh: Mesh, function: Callable, args: tuple) -> Case:
     """A step of the engine, as `infer.generate.Compiled` compiles it."""
-    options = compiler_options(SERVE, mesh.devices.flat[0])
+    options = compiler_options(SERVE, mesh.devices.flat)
     return Case(_within(mesh, function, 1), args, options=options)
 
 

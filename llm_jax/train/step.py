@@ -75,7 +75,7 @@ def make_train_step(
     bind_all = _binder(model, mesh)
     shardings = state_shardings(model, optimizer, mesh)
     places = {"donate_argnums": 0, "out_shardings": (shardings, None)}
-    part, options = jax.jit(step, **places), compiler_options(TRAIN, mesh.devices.flat[0])
+    part, options = jax.jit(step, **places), compiler_options(TRAIN, mesh.devices.flat)
     whole = jax.jit(step, **places, compiler_options=options) if options else part
     return _OnMesh(whole, mesh, part)
 

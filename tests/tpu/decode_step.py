@@ -50,7 +50,7 @@ def decode_step(
         with jax.sharding.use_abstract_mesh(grid.abstract_mesh):
             return forward(params, cache, tokens)
 
-    options = compiler_options(SERVE, devices[0])
+    options = compiler_options(SERVE, devices)
     return Case(jax.jit(step, donate_argnums=1), (params, cache, tokens), options=options)
 
 
@@ -79,7 +79,7 @@ def engine_step(
         with jax.sharding.use_abstract_mesh(grid.abstract_mesh):
             return forward(params, cache, newest, packed)
 
-    options = compiler_options(SERVE, devices[0])
+    options = compiler_options(SERVE, devices)
     return Case(jax.jit(step, donate_argnums=1), (params, cache, newest, packed), options=options)
 
 
