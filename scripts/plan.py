@@ -53,9 +53,7 @@ LIST = flags.DEFINE_bool("list", False, "Name the presets, and stop.")
 def refuse_unread() -> None:
     """ValueError for a flag that what is asked for does not read."""
     if EXPORT.value and (SWEEP.value or PAPER.value or not MESH.value):
-        raise ValueError(
-            "--export_cache takes --mesh, no --sweep and no --paper: it compiles for one mesh"
-        )
+        raise ValueError("--export_cache takes --mesh and no --sweep or --paper: it compiles for one")
     other = bool(EXPORT.value or SWEEP.value)
     unread = ["remat", "optimizer", "microbatches"] * (other or "train" not in STEPS_.value)
     unread += ["steps"] * other + ["batches"] * (not SWEEP.value)
@@ -67,8 +65,10 @@ def refuse_unread() -> None:
 def main(argv):
     if LIST.value:
         return print(*presets(), sep="\n")
-    if argv[1:] or not MODEL.value:
-        raise ValueError(f"--model={MODEL.value} {argv[1:]}: expected a preset (--list) or a directory")
+    if len(argv) > 1:
+        raise ValueError(f"unexpected arguments {argv[1:]}")
+    if not MODEL.value:
+        raise ValueError("--model=: expected a preset or a directory; --list names the presets")
     if wrong := set(STEPS_.value) - set(STEPS):
         raise ValueError(f"--steps: {min(wrong)!r} is none of {', '.join(STEPS)}")
     refuse_unread()
@@ -90,9 +90,8 @@ def main(argv):
         quotes, refused = search(work, topology, STEPS_.value, say, MOST_.value)
     if JSON.value:
         return print("\n".join(json.dumps(found.record()) for found in quotes))
-    return print(
-        report.table(quotes, refused) if SWEEP.value or not MESH.value else report.text(quotes[0])
-    )
+    one = MESH.value and not SWEEP.value
+    return print(report.text(quotes[0]) if one else report.table(quotes, refused))
 
 
 if __name__ == "__main__":

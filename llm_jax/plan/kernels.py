@@ -18,13 +18,8 @@ PEAK = {
     "flash_attention_queries": (0.54, 0.87, 0.87, 0.45, 0.46),
     "paged_chunk": (0.66, 0.89, 0.92, 0.42, 0.43),
     "quantized_matmul": (0.88, 0.98, 0.98, 0.95, 0.98),
-    "quantized_matmul, 8-bit rows": (
-        0.87,
-        1.95,
-        1.93,
-        1.72,
-        0.98,
-    ),  # on units for integers where there are
+    # On units that multiply integers, where there are such.
+    "quantized_matmul, 8-bit rows": (0.87, 1.95, 1.93, 1.72, 0.98),
     "grouped_matmul": (0.95, 0.98, 0.98, 0.78, 0.94),
     "grouped_matmul_weights": (0.95, 0.98, 0.98, 0.78, 0.94),
 }

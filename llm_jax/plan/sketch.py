@@ -82,9 +82,8 @@ class Sketch:
         self.name, self.work, self.topology, self.mesh = name, work, topology, mesh
         self.config, self.training = work.config, name == "train"
         self.sizes = mesh_sizes(mesh, devices(topology))
-        self.shards = data_shards(mesh_on(topology, mesh))
         self.costs: dict[str, KernelCost] = {}
-        self.sequences = work.rows(self.shards)
+        self.sequences = work.rows(data_shards(mesh_on(topology, mesh)))
         self.rows = self.sequences
         if name == "train":
             self.rows = self.sequences * work.context // self.sizes["context"]
@@ -104,8 +103,7 @@ class Sketch:
 
     def serve(self) -> Iterator[Operation | Loop]:
         """A forward pass; logits of one token of each sequence."""
-        wide = self.config.embed_dim
-        yield from self.exchange("all-reduce", BF16 * self.rows * wide, "tensor")
+        yield from self.exchange("all-reduce", self.wide_bytes, "tensor")
         yield _repeat(tuple(self.layer()), self.layers)
         for matrix in self.matrices(inside=False):
             yield self.product(matrix, self.sequences)
@@ -157,8 +155,7 @@ class Sketch:
             yield _repeat((self.product(matrix, self.rows),), 2)
         flops = 5 * self.score_flops(self.work.context) / 4  # of the one kernel for all gradients
         yield self.kernel("attention, backward", "flash_attention_keys", flops, 4 * self.attended_bytes)
-        keys = 2 * BF16 * self.rows * self.local("kv_heads") * self.config.head_dim
-        yield from self.round("context", 2 * keys)  # with their gradients
+        yield from self.round("context", 2 * self.key_bytes)  # with their gradients
         yield from self.sums(2)
         yield self.touched(TOUCHED["train"] / 2)
         yield from self.started(2)
@@ -190,8 +187,7 @@ class Sketch:
         """Of a layer, forward; where it serves, the new keys and values are written first."""
         context = self.work.context
         if not self.training:
-            new = 2 * BF16 * self.rows * self.local("kv_heads") * self.config.head_dim
-            yield self.kernel("attention, new keys", "paged_write", 0.0, 2 * new)
+            yield self.kernel("attention, new keys", "paged_write", 0.0, 2 * self.key_bytes)
         if self.name == "decode":
             moved = self.rows * self.traffic.seen(context) * self.token_bytes
             kept = "" if self.work.cache in ("bf16", "f32") else ", 8 bits"
@@ -203,8 +199,7 @@ class Sketch:
         else:
             flops = self.score_flops(context) / 2
             yield self.kernel("attention", "flash_attention", flops, 2 * self.attended_bytes)
-            keys = 2 * BF16 * self.rows * self.local("kv_heads") * self.config.head_dim
-            yield from self.round("context", keys)
+            yield from self.round("context", self.key_bytes)
 
     def product(self, matrix: _Matrix, rows: int) -> Operation:
         """Of the rows of a device with a matrix; of experts, with those that the rows choose."""
@@ -275,6 +270,11 @@ class Sketch:
     def wide_bytes(self) -> float:
         """Of the activations [R, D]."""
         return BF16 * self.rows * self.config.embed_dim
+
+    @property
+    def key_bytes(self) -> float:
+        """Of the keys and values of the rows."""
+        return 2.0 * BF16 * self.rows * self.local("kv_heads") * self.config.head_dim
 
     @property
     def attended_bytes(self) -> float:

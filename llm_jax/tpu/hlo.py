@@ -29,9 +29,8 @@ SLICES = ("dynamic-slice", "slice", "gather")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 INTEGERS = ("s8", "u8", "s4", "u4")
 ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
-IN_PLACE = (
-    "output_to_operand_aliasing={{}: (0, {})}"  # of a fusion in another: the same with other tiles
-)
+# Of a fusion in another: the same array with other tiles.
+IN_PLACE = "output_to_operand_aliasing={{}: (0, {})}"
 HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 BODY = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
 NAMES = re.compile(r"%([\w.\-]+)")
@@ -324,9 +323,8 @@ class _Reader:
                 found = _collective(y, y.opcode, self.operands(y, inner))
                 channel = y.attribute("channel_id") or ""
                 scatters = found.kind == "all-reduce" and x.arrays[0].bytes < found.bytes
-                return (
-                    dataclasses.replace(found, kind="reduce-scatter") if scatters else found
-                ), channel
+                kind = "reduce-scatter" if scatters else found.kind
+                return dataclasses.replace(found, kind=kind), channel
         return None
 
     def offloaded(self, x: Instruction, where: Computation) -> Operation:

@@ -1,5 +1,6 @@
 """Quotes on paper: products against PaLM's count, bytes and exchanges by hand, searches with them."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -130,6 +131,12 @@ def test_stages_wait_for_each_other():
         sketch, program = operations("train", work, "v5p:2x2x2", mesh)
         times[parts] = sum(n * x.flops for x, n in program if x.name == "layers/mlp/up")
     assert times[16] / times[4] == pytest.approx((19 / 16) / (7 / 4))
+    work = Workload("llama3.1-8b", batch=32, context=1024)
+    plain, cut = (
+        estimate(each, "v5p:2x2x2", "fsdp:8", ("train",)).train_step_s
+        for each in (work, dataclasses.replace(work, microbatches=4))
+    )
+    assert plain == cut  # without stages nothing is cut
 
 
 def test_places_are_those_of_the_slice():
