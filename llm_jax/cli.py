@@ -12,19 +12,23 @@ from absl import app, flags, logging
 
 from llm_jax import distributed
 from llm_jax.config import unknown_override
+from llm_jax.host_memory import use_huge_pages
 
 # Bad input, a disk, a loss that is not finite, too little memory: not bugs.
 ADVICE = (ValueError, OSError, FloatingPointError, MemoryError)
 
 
-def run(main: Callable[[list[str]], None]) -> None:
+def run(main: Callable[[list[str]], None], *, huge_pages: bool = False) -> None:
     """`app.run(main)`, in which the errors of `ADVICE` end the script with their message and status 2.
 
     Such a message says what to do, so it stands alone on standard error, as `NAME.py: MESSAGE`; the
     traceback comes above it with --verbosity=1. Other exceptions are bugs and keep their traceback.
     Warnings and worse are logged, unless --verbosity says otherwise. Where the environment describes
     several processes they come together first, and go on only with the same code and command line.
+    huge_pages: of a script that trains; see `host_memory.use_huge_pages`.
     """
+    if huge_pages:
+        use_huge_pages()
     _advising(_run)(main)
 
 

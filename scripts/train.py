@@ -57,4 +57,4 @@ def show(record):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, huge_pages=True)

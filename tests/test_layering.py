@@ -13,8 +13,9 @@ RUN_ROOMS = MODEL_ROOMS | {"checkpoint", "data"}
 ENGINE_ROOMS = RUN_ROOMS | {"train", "infer", "engine"}
 BELOW = {  # room: the rooms it may import besides itself
     "config": set(),
-    "cli": {"config", "distributed"},  # for scripts alone
+    "cli": {"config", "distributed", "host_memory"},  # for scripts alone
     "distributed": set(),
+    "host_memory": set(),
     "sharding": {"config"},
     "tree": {"config", "sharding"},
     "kernels": set(),  # jax only, so that they can be lifted out
