@@ -1,5 +1,6 @@
 """Huge pages for programs that compute on the CPU."""
 
+import contextlib
 import glob
 import os
 import re
@@ -32,13 +33,12 @@ def use_huge_pages() -> None:
     does not begin with cpu and there is a TPU's or a GPU's device file. Where the environment has
     GLIBC_TUNABLES, an empty one too, that is left as it is.
     """
-    if "GLIBC_TUNABLES" not in os.environ and _helps():
-        sys.stdout.flush()
-        os.execve(
-            sys.executable,
-            [sys.executable, *sys.orig_argv[1:]],
-            {**os.environ, "GLIBC_TUNABLES": ":".join(SETTINGS)},
-        )
+    if "GLIBC_TUNABLES" in os.environ or not sys.executable or not _helps():
+        return
+    sys.stdout.flush()
+    command = [sys.executable, *sys.orig_argv[1:]]
+    with contextlib.suppress(OSError):  # where it may not, it goes on as it is
+        os.execve(command[0], command, os.environ | {"GLIBC_TUNABLES": ":".join(SETTINGS)})
 
 
 def _helps() -> bool:

@@ -23,7 +23,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     PROGRAMS = tempfile.TemporaryDirectory()  # removed when the process ends that made it
     os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-os.environ.setdefault("GLIBC_TUNABLES", "")  # scripts that tests run need not begin again: host_memory.py
+os.environ.setdefault("GLIBC_TUNABLES", "")  # scripts that tests run need not begin again for it
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads wait for each other by spinning
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
