@@ -92,3 +92,16 @@ def test_where_the_environment_does_not_say_the_device_files_do(script, tmp_path
     assert script("[madvise]")[-1].startswith(SETTINGS[0])
     (tmp_path / "accel0").touch()
     assert script("[madvise]", DEVICE_FILES=f"{tmp_path}/accel[0-9]*")[-1].startswith("None")
+
+
+@pytest.mark.slow  # imports all that trains
+@pytest.mark.parametrize("name", ["train", "benchmark"])
+def test_the_scripts_that_train_ask_for_them(name):
+    ask = (
+        "import runpy, sys\nfrom llm_jax import cli\n"
+        "cli.run = lambda main, **options: print(options)\n"
+        "runpy.run_path(sys.argv[1], run_name='__main__')\n"
+    )
+    file = Path(__file__).resolve().parents[1] / "scripts" / f"{name}.py"
+    said = subprocess.check_output([sys.executable, "-c", ask, str(file)], text=True)
+    assert said == "{'huge_pages': True}\n"
