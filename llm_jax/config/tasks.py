@@ -83,7 +83,9 @@ class ClassificationConfig(TrainConfig):
     r_drop: float = 0.0  # weight of the disagreement of two dropout passes (Liang et al. 2021); 0 = one
     subword_alpha: float = 0.0  # sampled segmentations while training (Kudo 2018); 0 = none
     token_dropout: float = 0.0  # share of a text's tokens left out while training (Iyyer et al. 2015)
-    # None, or one without steps and epochs = the classifier starts from random parameters
+    # Token embeddings of `model`: "random", or "cooccurrence" = word vectors of the training texts
+    embed_start: str = "random"
+    # None, or one without steps and epochs = no masked-LM training before the labels are seen
     pretrain: PretrainConfig | None = None
 
     @property
@@ -94,6 +96,7 @@ class ClassificationConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         choice("task", self.task, ("classification",))
+        choice("embed_start", self.embed_start, ("random", "cooccurrence"))
         require(0 < self.eval_fraction < 1, "eval_fraction", self.eval_fraction, "in (0, 1)")
         require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "in [0, 1)")
         require(self.subword_alpha >= 0, "subword_alpha", self.subword_alpha, "0 or more")
@@ -106,6 +109,7 @@ class ClassificationConfig(TrainConfig):
             choice("pooling", self.pooling, ("", "cls", "mean", "max", "last"))
             require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
             unread(self, ("tokenizer", *trained), "init_from (its own tokenizer is taken)")
+            unread(self, "embed_start", "init_from (whose weights are taken)")
             _no_pretraining(self.pretraining, "with init_from, whose weights are taken")
             return
         if self.tokenizer:

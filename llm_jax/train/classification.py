@@ -35,6 +35,7 @@ from llm_jax.train.metrics_log import Record
 from llm_jax.train.objectives import classification_logits, classification_loss
 from llm_jax.train.pretrained import Start, find_start
 from llm_jax.train.tuning import export_adapter
+from llm_jax.train.vector_start import vector_start
 
 SHORTEST_BUCKET = 32  # tokens; shorter batches gain too little for one more program to compile
 
@@ -130,11 +131,16 @@ def run(
     )
     dev_batches = eval_batches(dev, config.batch_size, buckets)
     trained, start, frozen = begin or (model, None, ())
+    first = None
+    if config.embed_start == "cooccurrence":
+        words = [example.tokens for example in examples]
+        first = lambda model, key: vector_start(words, model, mesh, workdir, key)  # noqa: E731
+        start = functools.partial(first, model)
     predict = make_predict(trained, dev_batches, labels, mesh, frozen)
     if config.pretraining is not None:
         texts, row = (rows.texts, held_out.texts), config.max_tokens
         stage = (config.pretraining, model, tokenizer, tokenizer.encode, *texts, row, mesh, workdir)
-        start = functools.partial(pretrain_encoder, *stage)
+        start = functools.partial(pretrain_encoder, *stage, begin=first)
     task = Task(trained, objective, loader, lambda params: predict(params).metrics(), start, frozen)
     state = fit(task, config, mesh, workdir, steps=steps, echo=echo)
     export_adapter(workdir / "adapter", trained, state.best_params, base=config.init_from)

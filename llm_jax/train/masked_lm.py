@@ -135,17 +135,22 @@ def pretrain_encoder(
     mesh: Mesh,
     workdir: Path,
     key: jax.Array,
+    *,
+    begin: Callable[[Model, jax.Array], Params] | None = None,
 ) -> Params:
     """First parameters of `model`: masked-LM training on `texts`, judged on `held_out`; heads by `key`.
 
     Texts as `encode` has them are packed into rows of `row_tokens`. The training has a workdir of its
-    own, WORKDIR/pretrain, from which it resumes.
+    own, WORKDIR/pretrain, from which it resumes. begin: first parameters of the masked LM; None = random
+    ones.
     """
     rows, judged = (pack(documents(part, encode), row_tokens) for part in (texts, held_out))
     loader = PackedLoader(rows, stage.batch_size, stage.seed, **this_host(mesh))
     batches = row_batches(judged, stage.batch_size)
     encoder = masked_lm_model(model.config, stage.dropout)
-    trunk = fit_masked_lm(encoder, tokenizer, loader, batches, stage, mesh, workdir / "pretrain")
+    start = functools.partial(begin, encoder) if begin else None
+    place = workdir / "pretrain"
+    trunk = fit_masked_lm(encoder, tokenizer, loader, batches, stage, mesh, place, start=start)
     return with_trunk(trunk, model, mesh, key)
 
 

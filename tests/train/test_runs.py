@@ -366,6 +366,52 @@ def test_pretraining_has_a_dropout_of_its_own(tmp_path):
     assert first_loss(0.5, None) == first_loss(0.0, 0.5) != without
 
 
+@pytest.mark.parametrize(
+    "stage", [None, PretrainConfig(optim=OptimConfig(1e-30), batch_size=8, steps=1)]
+)
+def test_a_classifier_and_its_pretraining_start_from_word_vectors(stage, tmp_path):
+    data, workdir, mesh = tmp_path / "data.tsv", tmp_path / "run", make_mesh("data:1")
+    write_reviews(data, 60, 0)
+    encoder = dataclasses.replace(MODEL, head="classifier", causal=False, pooling="mean", num_classes=9)
+    plain = dataclasses.replace(
+        classification_config(str(data)),
+        max_tokens=32,
+        model=encoder,
+        optim=OptimConfig(1e-30),  # no step moves the parameters
+        pretrain=stage,
+    )
+    classification.run(dataclasses.replace(plain, embed_start="cooccurrence"), workdir, mesh)
+    trained = load_trained(workdir, mesh).params
+    vectors = np.load(workdir / "vectors.npy")
+    np.testing.assert_array_equal(trained["embed"]["tokens"], vectors)
+    classification.run(plain, tmp_path / "random", mesh)
+    other = flatten(load_trained(tmp_path / "random", mesh).params)
+    for path, value in flatten(trained).items():
+        same = np.allclose(value, other[path], rtol=0, atol=1e-20)
+        assert same == (path != "embed/tokens"), path
+
+
+def test_word_vectors_of_another_size_are_not_taken(tmp_path):
+    data, mesh = tmp_path / "data.tsv", make_mesh("data:1")
+    write_reviews(data, 60, 0)
+    encoder = dataclasses.replace(MODEL, head="classifier", causal=False, pooling="mean", num_classes=9)
+    config = dataclasses.replace(
+        classification_config(str(data)), max_tokens=32, model=encoder, embed_start="cooccurrence"
+    )
+    np.save(tmp_path / "vectors.npy", np.zeros((3, 4), np.float32))
+    with pytest.raises(ValueError, match=r"vectors.npy: vectors \(3, 4\); expected .*count anew"):
+        classification.run(config, tmp_path, mesh)
+
+
+def test_word_vectors_are_for_models_from_scratch():
+    with pytest.raises(ValueError, match="did you mean cooccurrence"):
+        dataclasses.replace(classification_config("x.tsv"), embed_start="coocurrence")
+    with pytest.raises(ValueError, match="embed_start='cooccurrence': .* init_from .* does not read it"):
+        dataclasses.replace(
+            classification_config("x.tsv"), embed_start="cooccurrence", model=None, init_from="x"
+        )
+
+
 @pytest.mark.slow
 def test_a_classifier_starts_from_the_encoder_that_was_pretrained(tmp_path):
     data, workdir, mesh = tmp_path / "data.tsv", tmp_path / "run", make_mesh("data:1")
