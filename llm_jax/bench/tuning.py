@@ -25,7 +25,7 @@ from llm_jax.tpu.chips import CHIPS, chip_of
 from llm_jax.tpu.compile import CompileError, compile_for
 from llm_jax.tpu.profile import profile_program
 
-KERNELS = ("flash_attention", "paged_attention", "quantized_matmul")
+KERNELS = ("flash_attention", "grouped_matmul", "paged_attention", "quantized_matmul")
 WORTH = 0.98  # of the rule's time: sizes that take more are not kept
 
 

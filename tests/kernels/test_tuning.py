@@ -17,6 +17,9 @@ from llm_jax.kernels import tuning
 from llm_jax.kernels.chips import RULES
 from llm_jax.kernels.flash_attention import api as flash
 from llm_jax.kernels.flash_attention.tpu import Blocks
+from llm_jax.kernels.grouped_matmul import api as grouped
+from llm_jax.kernels.grouped_matmul import cases as grouped_cases
+from llm_jax.kernels.grouped_matmul.rules import Sizes, product_blocks, product_plan, sized_blocks
 from llm_jax.kernels.paged_attention import api as paged
 from llm_jax.kernels.paged_attention.tpu_decode import DecodeSizes
 from llm_jax.kernels.paged_attention.types import Rows, abstract_pages
@@ -31,6 +34,7 @@ SIZES = {"columns": 128, "depth": 1024, "ahead": 2}
 ENTRY = {"case": {}, "sizes": SIZES, "estimate_us": 1, "rule_us": 2}
 KINDS = {"flash_attention": (Blocks,), "paged_attention": (DecodeSizes,)}
 KINDS["quantized_matmul"] = (Stream, Tiles)
+KINDS["grouped_matmul"] = (Sizes,)
 FLASH_KEY = "float32 groups=2 dim=16 tokens=256"
 
 
@@ -88,6 +92,51 @@ def test_quantized_matmul_goes_by_the_table_then_by_the_rule(tables):
     assert plan(problem, RULES["TPU v5e"]) == plan_rule(problem, RULES["TPU v5e"])
     tables("quantized_matmul", "v6e", key, {"rows": 16, "depth": 2048, "columns": 512})
     assert plan(problem, rule) == Tiles(16, 2048, 512)
+
+
+def test_grouped_matmul_goes_by_the_table_then_by_the_rule(tables):
+    shape, types = (4096, 8, 4096, 14336), ("bfloat16", "int8")
+    rule = RULES["TPU v6e"]
+    by_rule = product_blocks(rule, *shape, 2, 1)
+    assert product_plan(rule, *shape, *types) == by_rule
+    key = "bfloat16 int8 groups=8 rows=4096 depth=4096 columns=14336"
+    sizes = {"block_rows": 512, "block_columns": 256, "buffers": 2, "row_buffers": 1}
+    tables("grouped_matmul", "v6e", key, sizes)
+    found = product_plan(rule, *shape, *types)
+    assert (found.rows, found.columns, found.buffers, found.row_buffers) == (512, 256, 2, 1)
+    assert found.passes == by_rule.passes  # the same numbers of rows at once
+    assert product_plan(rule, *shape, "bfloat16", "bfloat16") == product_blocks(rule, *shape, 2, 2)
+    fewer = product_plan(rule, 2100, *shape[1:], *types)  # of the same bucket
+    assert fewer.rows == 512
+    x = jax.ShapeDtypeStruct((4096, 4096), "bfloat16")
+    w = jax.ShapeDtypeStruct((8, 14336, 4096), "int8")
+    product, of_x, _ = grouped._plan(rule, x, w)
+    assert product == found and of_x == product_blocks(rule, 4096, 8, 14336, 4096, 2, 1)
+
+
+@pytest.mark.parametrize("rule", {rule.name: rule for rule in RULES.values()}.values(), ids=str)
+@pytest.mark.parametrize("shape", [(4096, 8, 4096, 14336), (64, 128, 2048, 768), (17, 4, 256, 384)])
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_sizes_of_the_rule_are_its_blocks(rule, shape, weights):
+    """So that the first candidate of a search is what the kernel takes without a table."""
+    blocks = product_blocks(rule, *shape, 2, jnp.dtype(weights).itemsize)
+    sizes = Sizes(blocks.rows, blocks.columns, blocks.buffers, blocks.row_buffers)
+    assert sized_blocks(rule, *shape[:2], sizes) == blocks
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_rows": 64}, "give all four or none"),
+        (
+            {"block_rows": 64, "block_columns": 128, "buffers": 2, "row_buffers": 2, "direction": "x"},
+            "none with direction='x'",
+        ),
+    ],
+)
+def test_sizes_of_a_grouped_case_come_together(options, message):
+    with pytest.raises(ValueError, match=message):
+        grouped_cases.case(**options)
 
 
 class Taken(Exception):

@@ -14,7 +14,12 @@ from llm_jax.kernels.chips import RULES, ChipRule, chip_rule, device_kind
 from llm_jax.kernels.choice import Choice
 from llm_jax.kernels.grouped_matmul.loop import loop_matmul
 from llm_jax.kernels.grouped_matmul.plan import UNIT
-from llm_jax.kernels.grouped_matmul.rules import product_blocks, vmem_limit, weight_blocks
+from llm_jax.kernels.grouped_matmul.rules import (
+    product_blocks,
+    product_plan,
+    vmem_limit,
+    weight_blocks,
+)
 from llm_jax.kernels.grouped_matmul.tpu import LANES, Blocks, grouped_product
 from llm_jax.kernels.grouped_matmul.tpu_weights import WeightBlocks, weights_gradient
 
@@ -42,7 +47,7 @@ def _choose(x: jax.Array, w: jax.Array, rule: ChipRule) -> Choice:
     if w.shape[1] % LANES or w.shape[2] % LANES:
         return Choice("xla", f"w of {w.shape}: its last two axes are not multiples of {LANES}")
     try:
-        _blocks_by_rule(rule, x, w)
+        _plan(rule, x, w)
     except ValueError as error:
         return Choice("xla", str(error))
     return Choice("pallas", "TPU kernel")
@@ -74,7 +79,8 @@ def grouped_matmul(
 
     implementation: "pallas" (TPU), "xla" (jax.lax.ragged_dot_general), "loop" (for CPUs, see loop.py),
     or None for `choose`. blocks: of the TPU kernel, gradient_blocks: of its two for the gradients of x
-    and w; by a rule of the chip's memory if not given. interpret: run the kernels on a CPU, for tests.
+    and w; if not given, tuned ones for the product, else by a rule of the chip's memory. interpret: run
+    the kernels on a CPU, for tests.
 
     Raises ValueError for arrays that do not fit each other, for an implementation that cannot run, and
     for a gradient that "pallas" does not have.
@@ -97,7 +103,7 @@ def grouped_matmul(
     if implementation == "loop":
         return loop_matmul(x, w, sizes, scale, first)
     rule = chip_rule(interpret)
-    forward, backward, weights = _blocks_by_rule(rule, x, one)
+    forward, backward, weights = _plan(rule, x, one)
     backward, weights = gradient_blocks or (backward, weights)
     spec = _Spec(blocks or forward, backward, weights, rule.cores, vmem_limit(rule), interpret)
     rows = x.shape[0]
@@ -106,11 +112,11 @@ def grouped_matmul(
     return out[:rows]
 
 
-def _blocks_by_rule(rule: ChipRule, x, w) -> tuple[Blocks, Blocks, WeightBlocks]:
-    """Of the product, of the gradient of x and of that of w."""
+def _plan(rule: ChipRule, x, w) -> tuple[Blocks, Blocks, WeightBlocks]:
+    """Of the product, of the gradient of x and of that of w; only the product's may be tuned ones."""
     (groups, columns, depth), of_x, of_w = w.shape, x.dtype.itemsize, w.dtype.itemsize
     return (
-        product_blocks(rule, x.shape[0], groups, depth, columns, of_x, of_w),
+        product_plan(rule, x.shape[0], groups, depth, columns, x.dtype, w.dtype),
         product_blocks(rule, x.shape[0], groups, columns, depth, of_x, of_w),
         weight_blocks(rule, x.shape[0], columns, depth, of_x),
     )

@@ -1,14 +1,62 @@
 """Blocks for a chip's VMEM; the sizes were found by the count of the compiler's code."""
 
 import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from llm_jax.kernels.chips import MIB, ChipRule
 from llm_jax.kernels.grouped_matmul.plan import UNIT
 from llm_jax.kernels.grouped_matmul.tpu import FEW, LANES, Blocks, up
 from llm_jax.kernels.grouped_matmul.tpu_weights import WeightBlocks
+from llm_jax.kernels.tuning import bucket, table_key, tuned
 
 MOST_ROWS = 2048  # of a visit: 2,048 operations for a byte of bfloat16 weights, more than a chip needs
 SUMMED = {128: (128, 256, 512), 256: (256, 512, 768)}  # ChipRule.pass_rows: rows summed over at a time
+
+
+class Sizes(NamedTuple):
+    """What a table says of `Blocks`; the passes follow from the rows."""
+
+    block_rows: int
+    block_columns: int
+    buffers: int
+    row_buffers: int
+
+
+def product_plan(
+    rule: ChipRule,
+    rows: int,
+    groups: int,
+    depth: int,
+    columns: int,
+    dtype: DTypeLike,
+    weight_dtype: DTypeLike,
+) -> Blocks:
+    """Of x times w: tuned blocks, or those of `product_blocks`, which also says what is raised."""
+    key = product_key(rows, groups, depth, columns, dtype, weight_dtype)
+    found = tuned("grouped_matmul", rule.name, key, Sizes)
+    if found is not None:
+        return sized_blocks(rule, rows, groups, found)
+    itemsizes = jnp.dtype(dtype).itemsize, jnp.dtype(weight_dtype).itemsize
+    return product_blocks(rule, rows, groups, depth, columns, *itemsizes)
+
+
+def product_key(
+    rows: int, groups: int, depth: int, columns: int, dtype: DTypeLike, weight_dtype: DTypeLike
+) -> str:
+    """Of the table of tuned blocks."""
+    words = jnp.dtype(dtype), jnp.dtype(weight_dtype)
+    return table_key(*words, groups=groups, rows=bucket(rows), depth=depth, columns=columns)
+
+
+def sized_blocks(rule: ChipRule, rows: int, groups: int, sizes: Sizes) -> Blocks:
+    """Blocks of these sizes for M rows of E groups: of fewer rows where M is smaller."""
+    most = min(sizes.block_rows, up(rows, UNIT))
+    passes = _passes(rule, rows, groups, most)
+    most = most // passes[-1] * passes[-1]
+    return Blocks(most, sizes.block_columns, passes, sizes.buffers, sizes.row_buffers)
 
 
 def product_blocks(
@@ -35,10 +83,15 @@ def product_blocks(
     best = enough[0] if enough else max(found, key=lambda b: b.rows)
     if best.rows < UNIT:
         raise ValueError(f"{rule.name}: rows and weights of depth {depth} do not fit VMEM")
+    passes = _passes(rule, rows, groups, best.rows)
+    return Blocks(best.rows, width, passes, best.buffers, best.row_buffers)
+
+
+def _passes(rule: ChipRule, rows: int, groups: int, most: int) -> tuple[int, ...]:
+    """Numbers of rows computed at a time, of M rows in E groups, in visits of `most`."""
     few = (FEW,) if rows < 2 * FEW * groups else ()
     passes = (*few, rule.pass_rows // 2, rule.pass_rows)
-    passes = (*(n for n in passes if n < best.rows), best.rows) if best.rows < passes[-1] else passes
-    return Blocks(best.rows, width, passes, best.buffers, best.row_buffers)
+    return (*(n for n in passes if n < most), most) if most < passes[-1] else passes
 
 
 def weight_blocks(rule: ChipRule, rows: int, columns: int, depth: int, itemsize: int) -> WeightBlocks:
