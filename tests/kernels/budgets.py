@@ -38,6 +38,7 @@ CASES = [
             ("quantized_matmul", "int8", {}),
             ("quantized_matmul", "int4", {"weights": "int4"}),
             ("grouped_matmul", "forward", {}),
+            ("grouped_matmul", "int8-tokens", {"shape": "8x64x14336x4096", "quantized": True}),
         )
     ),
     *(

@@ -19,7 +19,13 @@ from llm_jax.kernels.flash_attention import api as flash
 from llm_jax.kernels.flash_attention.tpu import Blocks
 from llm_jax.kernels.grouped_matmul import api as grouped
 from llm_jax.kernels.grouped_matmul import cases as grouped_cases
-from llm_jax.kernels.grouped_matmul.rules import Sizes, product_blocks, product_plan, sized_blocks
+from llm_jax.kernels.grouped_matmul.rules import (
+    Sizes,
+    product_blocks,
+    product_plan,
+    sized_blocks,
+    widened_bytes,
+)
 from llm_jax.kernels.paged_attention import api as paged
 from llm_jax.kernels.paged_attention.tpu_decode import DecodeSizes
 from llm_jax.kernels.paged_attention.types import Rows, abstract_pages
@@ -115,13 +121,14 @@ def test_grouped_matmul_goes_by_the_table_then_by_the_rule(tables):
 
 
 @pytest.mark.parametrize("rule", {rule.name: rule for rule in RULES.values()}.values(), ids=str)
-@pytest.mark.parametrize("shape", [(4096, 8, 4096, 14336), (64, 128, 2048, 768), (17, 4, 256, 384)])
+@pytest.mark.parametrize("shape", [(4096, 8, 4096, 14336), (64, 8, 14336, 4096), (17, 4, 256, 384)])
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 def test_sizes_of_the_rule_are_its_blocks(rule, shape, weights):
     """So that the first candidate of a search is what the kernel takes without a table."""
-    blocks = product_blocks(rule, *shape, 2, jnp.dtype(weights).itemsize)
+    itemsizes = 2, jnp.dtype(weights).itemsize
+    blocks = product_blocks(rule, *shape, *itemsizes)
     sizes = Sizes(blocks.rows, blocks.columns, blocks.buffers, blocks.row_buffers)
-    assert sized_blocks(rule, *shape[:2], sizes) == blocks
+    assert sized_blocks(rule, *shape[:2], sizes, widened_bytes(shape[2], *itemsizes)) == blocks
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from llm_jax.kernels.grouped_matmul.rules import (
     product_blocks,
     product_key,
     sized_blocks,
+    widened_bytes,
 )
 from llm_jax.kernels.grouped_matmul.tpu import up
 from llm_jax.kernels.tuning import Tuning, distinct
@@ -85,7 +86,8 @@ def _group_sizes(count: int, rows: int, kind: str) -> np.ndarray:
 
 def _product(x, w, of_group, *rest, direction, of_block):
     """The product, or the gradient of x or w; `rest`: first that of the product, then scales."""
-    blocks = of_block and sized_blocks(chip_rule(), len(x), len(w), of_block)
+    widened = widened_bytes(x.shape[1], x.dtype.itemsize, w.dtype.itemsize)
+    blocks = of_block and sized_blocks(chip_rule(), len(x), len(w), of_block, widened)
     product = functools.partial(
         grouped_matmul, group_sizes=of_group, implementation="pallas", blocks=blocks
     )

@@ -36,10 +36,10 @@ def product_plan(
 ) -> Blocks:
     """Of x times w: tuned blocks, or those of `product_blocks`, which also says what is raised."""
     key = product_key(rows, groups, depth, columns, dtype, weight_dtype)
+    itemsizes = jnp.dtype(dtype).itemsize, jnp.dtype(weight_dtype).itemsize
     found = tuned("grouped_matmul", rule.name, key, Sizes)
     if found is not None:
-        return sized_blocks(rule, rows, groups, found)
-    itemsizes = jnp.dtype(dtype).itemsize, jnp.dtype(weight_dtype).itemsize
+        return sized_blocks(rule, rows, groups, found, widened=widened_bytes(depth, *itemsizes))
     return product_blocks(rule, rows, groups, depth, columns, *itemsizes)
 
 
@@ -51,10 +51,18 @@ def product_key(
     return table_key(*words, groups=groups, rows=bucket(rows), depth=depth, columns=columns)
 
 
-def sized_blocks(rule: ChipRule, rows: int, groups: int, sizes: Sizes) -> Blocks:
-    """Blocks of these sizes for M rows of E groups: of fewer rows where M is smaller."""
+def widened_bytes(depth: int, itemsize: int, weight_itemsize: int) -> int:
+    """Of a column of weights as x has its numbers, where they have fewer bytes; else 0."""
+    return 0 if weight_itemsize == itemsize else depth * itemsize
+
+
+def sized_blocks(rule: ChipRule, rows: int, groups: int, sizes: Sizes, widened: int = 0) -> Blocks:
+    """Blocks of these sizes for M rows of E groups: of fewer rows where M is smaller.
+
+    widened: see `widened_bytes`.
+    """
     most = min(sizes.block_rows, up(rows, UNIT))
-    passes = _passes(rule, rows, groups, most)
+    passes = _passes(rule, rows, groups, most, widened * sizes.block_columns)
     most = most // passes[-1] * passes[-1]
     return Blocks(most, sizes.block_columns, passes, sizes.buffers, sizes.row_buffers)
 
@@ -70,7 +78,7 @@ def product_blocks(
     most = min(8 * MIB, rule.vmem_bytes // 8) // (itemsize // 2)
     width = even_part(up(columns // rule.cores, LANES), most // (depth * itemsize))
     scales = 0 if weight_itemsize == itemsize else 4 * groups * max(depth, columns)
-    wide = 0 if weight_itemsize == itemsize else width * depth * itemsize
+    wide = width * widened_bytes(depth, itemsize, weight_itemsize)
     fixed = scales + wide + up(columns, width) * UNIT * itemsize
     needed = min(up(rows, UNIT), MOST_ROWS)
     found = []
@@ -83,13 +91,18 @@ def product_blocks(
     best = enough[0] if enough else max(found, key=lambda b: b.rows)
     if best.rows < UNIT:
         raise ValueError(f"{rule.name}: rows and weights of depth {depth} do not fit VMEM")
-    passes = _passes(rule, rows, groups, best.rows)
+    passes = _passes(rule, rows, groups, best.rows, wide)
     return Blocks(best.rows, width, passes, best.buffers, best.row_buffers)
 
 
-def _passes(rule: ChipRule, rows: int, groups: int, most: int) -> tuple[int, ...]:
-    """Numbers of rows computed at a time, of M rows in E groups, in visits of `most`."""
-    few = (FEW,) if rows < 2 * FEW * groups else ()
+def _passes(rule: ChipRule, rows: int, groups: int, most: int, wide: int) -> tuple[int, ...]:
+    """Numbers of rows computed at a time, of M rows in E groups, in visits of `most`.
+
+    wide: bytes of widened weights. A few rows take weights as they are widened, instead of from a place
+    for them; the compiler spills what is widened, and a small VMEM has no room for much of that.
+    """
+    spills = rule.vmem_bytes < 32 * MIB and wide > rule.vmem_bytes // 6
+    few = (FEW,) if rows < 2 * FEW * groups and not spills else ()
     passes = (*few, rule.pass_rows // 2, rule.pass_rows)
     return (*(n for n in passes if n < most), most) if most < passes[-1] else passes
 

@@ -58,7 +58,7 @@ class _Refs(NamedTuple):
     base: Any  # SMEM [1], where the matrices of the groups begin in w
     x: Any  # HBM [M, D]
     w: Any  # HBM [W, C, D] or [W, D, C]
-    scale: Any  # None; VMEM [E, C], of columns, or [E, D], of the depth
+    scale: Any  # None; VMEM [E, C] or [E, C / 128, 128], of columns, or [E, D], of the depth
     out: Any  # HBM [M, C]
     visits: Visits
     x_buf: Any  # [row_buffers, rows, D]
@@ -95,6 +95,8 @@ def grouped_product(
     tiles = -(-columns // (blocks.columns * cores))
     tile = (blocks.columns, depth) if axis == 2 else (depth, blocks.columns)
     most = most_visits(rows, groups + 1, blocks.rows)
+    if scale is not None and axis == 2 and blocks.columns == LANES:
+        scale = scale.reshape(groups, columns // LANES, LANES)  # see _column_scales
     scales = [] if scale is None else [scale]
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     kernel = functools.partial(
@@ -266,6 +268,18 @@ def _scale_rows(r: _Refs, v):
     )
 
 
+def _column_scales(r: _Refs, group, n):
+    """Of the columns of tile n, [1, C'].
+
+    Mosaic refuses to load one register of lanes at a place that the program computes; a row of as many
+    it loads. So scales for tiles of 128 columns come as [E, C / 128, 128].
+    """
+    at = _columns(r, n)
+    if len(r.scale.shape) == 2:
+        return r.scale[pl.ds(group, 1), at]
+    return r.scale[group, pl.ds(at.start // LANES, 1)]
+
+
 def _compute(r: _Refs, v, n, q, axis: int, blocks: Blocks):
     """The rows of visit v and the columns of tile n, into the output buffer."""
     group, inside, end = r.visits.group[v], r.visits.inside[v], r.visits.end[v]
@@ -278,7 +292,7 @@ def _compute(r: _Refs, v, n, q, axis: int, blocks: Blocks):
             at = pl.ds(pl.multiple_of(first, UNIT), size)
             result = product(x[at], weights[...].astype(x.dtype), 1, axis - 1)
             if r.scale is not None and axis == 2:
-                result *= r.scale[pl.ds(group, 1), _columns(r, n)]
+                result *= _column_scales(r, group, n)
             out[at] = result.astype(out.dtype)
 
         if r.wide is None:
