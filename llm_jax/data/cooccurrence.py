@@ -19,13 +19,12 @@ SMOOTHING = 0.75  # of how often tokens are company
 SCALE = 0.02  # root mean square of what comes out: that of random embeddings
 
 
-def cooccurrence_vectors(
-    documents: Iterable[np.ndarray], vocab_size: int, dim: int, seed: int = 0
-) -> np.ndarray:
+def cooccurrence_vectors(documents: Iterable[np.ndarray], vocab_size: int, dim: int) -> np.ndarray:
     """Vectors [vocab_size, dim] float32 of tokens that have company; documents: token ids [T] int each.
 
-    The root of their mean square is `SCALE`. Tokens that never have company get random
-    vectors by `seed`. The same on every run of one machine; axes come with any sign.
+    The root of their mean square is `SCALE`. Tokens that never have company get random vectors. The same
+    on every run of one machine; axes come with any sign. Raises ValueError where not more than `dim`
+    different tokens have company.
     """
     counts = _near(documents, vocab_size)
     known = np.flatnonzero(np.diff(counts.indptr))
@@ -34,9 +33,9 @@ def cooccurrence_vectors(
             f"embed_dim={dim}: expected less than {len(known)}, the different tokens of the texts, for "
             "vectors from their counts (embed_start='cooccurrence')"
         )
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     vectors = rng.normal(0.0, SCALE, (vocab_size, dim)).astype(np.float32)
-    table = _information(counts)[known][:, known]  # symmetric in what occurs
+    table = _information(counts)[known][:, known]  # rows and columns of the same tokens
     left, singular, _ = svds(table, k=dim, v0=rng.random(len(known)).astype(np.float32))
     found = left * np.sqrt(singular)
     vectors[known] = found * (SCALE / np.sqrt(np.mean(found**2)))

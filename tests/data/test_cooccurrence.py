@@ -68,11 +68,9 @@ def test_vectors_are_the_best_factors_of_their_rank(documents):
 
 def test_tokens_without_company_are_drawn(documents):
     alone = [*documents, np.array([29])]
-    vectors = cooccurrence_vectors(alone, VOCAB, 6, seed=1)
+    vectors = cooccurrence_vectors(alone, VOCAB, 6)
     assert np.isfinite(vectors).all() and rms(vectors[26:]) == pytest.approx(SCALE, rel=0.5)
-    again = cooccurrence_vectors(alone, VOCAB, 6, seed=1)
-    np.testing.assert_array_equal(vectors, again)
-    assert (vectors[26:] != cooccurrence_vectors(alone, VOCAB, 6, seed=2)[26:]).all()
+    np.testing.assert_array_equal(vectors, cooccurrence_vectors(alone, VOCAB, 6))
 
 
 def test_words_of_one_kind_are_near_each_other():

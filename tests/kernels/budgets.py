@@ -39,6 +39,7 @@ CASES = [
             ("quantized_matmul", "int4", {"weights": "int4"}),
             ("grouped_matmul", "forward", {}),
             ("grouped_matmul", "int8-tokens", {"shape": "8x64x14336x4096", "quantized": True}),
+            ("grouped_matmul", "int8-few", {"shape": "8x16x14336x4096", "quantized": True}),
         )
     ),
     *(

@@ -312,6 +312,18 @@ def test_blocks_fit_their_chip(rule):
         assert (g.columns if columns >= depth else narrow) % g.tile == 0
 
 
+@pytest.mark.parametrize("rows", [1, 16, 32, 64])
+def test_few_rows_do_not_spill_a_small_memory(rows):
+    """On v4 int8 weights of great depth are widened in their place, also for fewer rows than a pass."""
+    v4, v5e = RULES["TPU v4"], RULES["TPU v5 lite"]
+    assert product_blocks(v4, rows, 8, 14336, 4096, 2, 1).passes == (64,)
+    for rule, itemsize in ((v4, 2), (v5e, 1)):
+        assert product_blocks(rule, rows, 8, 14336, 4096, 2, itemsize).passes[0] <= 32
+    x, w, _ = drawn(11, 16, 256, 128, 2)  # a visit of more rows than there are
+    got = grouped_matmul(x, w, jnp.asarray([9, 7]), **KERNEL, blocks=Blocks(64, 128, (64,), 3))
+    close(got, exact(x, w, [9, 7]))
+
+
 @pytest.mark.parametrize(
     ("columns", "most", "width"),
     [(14336, 1024, 1024), (11008, 1024, 1024), (1408, 1024, 768), (768, 2048, 768), (4096, 292, 256)],

@@ -121,7 +121,10 @@ def test_grouped_matmul_goes_by_the_table_then_by_the_rule(tables):
 
 
 @pytest.mark.parametrize("rule", {rule.name: rule for rule in RULES.values()}.values(), ids=str)
-@pytest.mark.parametrize("shape", [(4096, 8, 4096, 14336), (64, 8, 14336, 4096), (17, 4, 256, 384)])
+@pytest.mark.parametrize(
+    "shape",
+    [(4096, 8, 4096, 14336), (64, 8, 14336, 4096), (16, 8, 14336, 4096), (17, 4, 256, 384)],
+)
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 def test_sizes_of_the_rule_are_its_blocks(rule, shape, weights):
     """So that the first candidate of a search is what the kernel takes without a table."""

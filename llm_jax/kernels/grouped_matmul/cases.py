@@ -19,7 +19,7 @@ from llm_jax.kernels.grouped_matmul.rules import (
     sized_blocks,
     widened_bytes,
 )
-from llm_jax.kernels.grouped_matmul.tpu import up
+from llm_jax.kernels.grouped_matmul.tpu import LANES, up
 from llm_jax.kernels.tuning import Tuning, distinct
 
 DIRECTIONS = ("forward", "x", "w")
@@ -111,9 +111,9 @@ def tuning(
     by_rule = Sizes(blocks.rows, blocks.columns, blocks.buffers, blocks.row_buffers)
     tried = [by_rule]
     for width in (blocks.columns // 2, blocks.columns * 2):
-        even = even_part(columns // rule.cores, width)
+        even = even_part(up(columns // rule.cores, LANES), width)
         tried.append(by_rule._replace(block_columns=even))
-    tried.append(by_rule._replace(block_rows=max(up(blocks.rows // 2, UNIT), UNIT)))
+    tried.append(by_rule._replace(block_rows=up(blocks.rows // 2, UNIT)))
     tried.append(by_rule._replace(buffers=5 - min(blocks.buffers, 3)))  # 3 for 2, 2 for 3
     tried.append(by_rule._replace(row_buffers=3 - blocks.row_buffers))
     options = {"shape": shape, "groups": groups, "quantized": quantized, "dtype": dtype}

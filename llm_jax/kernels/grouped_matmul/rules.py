@@ -39,7 +39,7 @@ def product_plan(
     itemsizes = jnp.dtype(dtype).itemsize, jnp.dtype(weight_dtype).itemsize
     found = tuned("grouped_matmul", rule.name, key, Sizes)
     if found is not None:
-        return sized_blocks(rule, rows, groups, found, widened=widened_bytes(depth, *itemsizes))
+        return sized_blocks(rule, rows, groups, found, widened_bytes(depth, *itemsizes))
     return product_blocks(rule, rows, groups, depth, columns, *itemsizes)
 
 
@@ -56,13 +56,14 @@ def widened_bytes(depth: int, itemsize: int, weight_itemsize: int) -> int:
     return 0 if weight_itemsize == itemsize else depth * itemsize
 
 
-def sized_blocks(rule: ChipRule, rows: int, groups: int, sizes: Sizes, widened: int = 0) -> Blocks:
+def sized_blocks(rule: ChipRule, rows: int, groups: int, sizes: Sizes, widened: int) -> Blocks:
     """Blocks of these sizes for M rows of E groups: of fewer rows where M is smaller.
 
     widened: see `widened_bytes`.
     """
-    most = min(sizes.block_rows, up(rows, UNIT))
-    passes = _passes(rule, rows, groups, most, widened * sizes.block_columns)
+    wide = widened * sizes.block_columns
+    most = min(sizes.block_rows, up(max(rows, _fewest_rows(rule, wide)), UNIT))
+    passes = _passes(rule, rows, groups, most, wide)
     most = most // passes[-1] * passes[-1]
     return Blocks(most, sizes.block_columns, passes, sizes.buffers, sizes.row_buffers)
 
@@ -80,7 +81,7 @@ def product_blocks(
     scales = 0 if weight_itemsize == itemsize else 4 * groups * max(depth, columns)
     wide = width * widened_bytes(depth, itemsize, weight_itemsize)
     fixed = scales + wide + up(columns, width) * UNIT * itemsize
-    needed = min(up(rows, UNIT), MOST_ROWS)
+    needed = min(up(max(rows, _fewest_rows(rule, wide)), UNIT), MOST_ROWS)
     found = []
     for row_buffers, buffers in ((2, 3), (2, 2), (1, 2)):
         left = budget(rule) - fixed - buffers * width * depth * weight_itemsize
@@ -95,14 +96,18 @@ def product_blocks(
     return Blocks(best.rows, width, passes, best.buffers, best.row_buffers)
 
 
-def _passes(rule: ChipRule, rows: int, groups: int, most: int, wide: int) -> tuple[int, ...]:
-    """Numbers of rows computed at a time, of M rows in E groups, in visits of `most`.
+def _fewest_rows(rule: ChipRule, wide: int) -> int:
+    """Of a visit, where FEW rows are too few; else 0. wide: bytes of widened weights.
 
-    wide: bytes of widened weights. A few rows take weights as they are widened, instead of from a place
-    for them; the compiler spills what is widened, and a small VMEM has no room for much of that.
+    FEW rows take weights as they are widened, instead of from a place for them; the compiler spills what
+    is widened, and a small VMEM has no room for much of that.
     """
-    spills = rule.vmem_bytes < 32 * MIB and wide > rule.vmem_bytes // 6
-    few = (FEW,) if rows < 2 * FEW * groups and not spills else ()
+    return 2 * FEW if rule.vmem_bytes < 32 * MIB and wide > rule.vmem_bytes // 6 else 0
+
+
+def _passes(rule: ChipRule, rows: int, groups: int, most: int, wide: int) -> tuple[int, ...]:
+    """Numbers of rows computed at a time, of M rows in E groups, in visits of `most`."""
+    few = (FEW,) if rows < 2 * FEW * groups and not _fewest_rows(rule, wide) else ()
     passes = (*few, rule.pass_rows // 2, rule.pass_rows)
     return (*(n for n in passes if n < most), most) if most < passes[-1] else passes
 
