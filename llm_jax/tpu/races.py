@@ -15,6 +15,10 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # it tells n
 from jax.experimental.pallas import tpu as pltpu
 
 
+FOUND = "RACE DETECTED"
+MEANING = "a buffer is used while a DMA may still use it"
+
+
 class RaceError(AssertionError):
     """A kernel whose result depends on when its DMAs end."""
 
@@ -37,8 +41,14 @@ def run_checked(function: Callable[..., Any], *args: Any, eager_dmas: bool = Fal
         with pltpu.force_tpu_interpret_mode(mode), contextlib.redirect_stdout(said):
             result = jax.block_until_ready(jax.jit(function)(*args))
         races = interpret_pallas_call.races
+    except jax.errors.JaxRuntimeError as error:  # jax 0.12 raises at the first race, older ones print
+        _, found, accesses = str(error).partition(FOUND)
+        if not found:
+            raise
+        accesses = accesses.partition("\n\n")[0]  # jax's remarks on its stack trace follow
+        raise RaceError(f"{MEANING}:\n{found}{accesses}") from None
     finally:
         pltpu.reset_tpu_interpret_mode_state()
     if races is not None and races.races_found:
-        raise RaceError(f"a buffer is used while a DMA may still use it:\n{said.getvalue().strip()}")
+        raise RaceError(f"{MEANING}:\n{said.getvalue().strip()}")
     return result

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import export
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from llm_jax.kernels.cases import KernelCase
 from llm_jax.kernels.flash_attention import api as flash_api
@@ -82,11 +83,12 @@ def layers_case(layers: int = 3, in_order: bool = False, **options) -> KernelCas
 
 
 @pytest.fixture
-def on_h100(monkeypatch):
-    """Kernels are chosen as on one."""
-    for module in (flash_api, paged_api):
-        monkeypatch.setattr(module, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr("llm_jax.kernels.chips.device_kind", lambda: "NVIDIA H100 80GB HBM3")
+def on_h100():
+    """Traced for one: kernels are chosen as there, and jax's lowering finds what it asks of a GPU."""
+    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = AbstractMesh((1,), ("one",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
 
 
 def lowered(case: KernelCase) -> str:
