@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py --case=decode --shape=gpt2 --batch=1,8,32     # or prefill, or bandwidth
     python scripts/benchmark.py --shape=llama160m --batch=8 --peer=transformers,ctranslate2,llama_cpp
+    python scripts/benchmark.py --shape=llama3_8b --dtype=bfloat16 --peer=transformers_static   # a GPU
     python scripts/benchmark.py --case=train --peer=torch --shape=gpt2          # or torch_compile
     python scripts/benchmark.py --case=mixed_traffic --requests=64   # or prefix, speculation, overhead
     python scripts/benchmark.py --case=arrivals --rates=0.2,0.5,1 --plot=arrivals.png
@@ -12,27 +13,21 @@ bandwidth: what part of the machine's a decode step of one row reaches. The engi
 beside transformers' batches, overhead beside a fixed batch, arrivals, and others beside itself without.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 
 from absl import app, flags
 
 from llm_jax import LLM, cli
-from llm_jax.bench import generation_cases, serving_cases
+from llm_jax.bench.cases import CASES, OF_CASE, PEERS, check_flags
 from llm_jax.bench.drafting import drafters
 from llm_jax.bench.peers import SHAPES, random_model, same_weights
-from llm_jax.bench.runtimes import RUNTIMES
-from llm_jax.bench.setup import Setup, record, threads
+from llm_jax.bench.setup import Setup, ran_on, record
 from llm_jax.bench.timing import interleaved
 from llm_jax.bench.training import TRAIN_SHAPES, rivals
 from llm_jax.kernels.forms import explain
 
-CASES = generation_cases.CASES | serving_cases.CASES
-PEERS = {"train": ("torch", "torch_compile"), "mixed_traffic": ("transformers",)}
-PEERS |= dict.fromkeys(("decode", "prefill"), ("transformers", *RUNTIMES)) | {"bandwidth": ("machine",)}
-PEERS |= {case: ("llm_jax",) for case in (*serving_cases.CASES, "drafters") if case not in PEERS}
-OF_CASE = {"mesh": ["train"], "plot": ["arrivals"], "draft_head": ["drafters"]}
-OF_CASE |= {"draft_model": ["drafters"], "weights": ["decode", "prefill", *serving_cases.CASES]}
 _int, _str, _bool = flags.DEFINE_integer, flags.DEFINE_string, flags.DEFINE_bool
 CASE = flags.DEFINE_enum("case", "decode", PEERS, "What to measure.")
 flags.DEFINE_list("peer", [], "Whom to compare with; several for decode. Default: the case's first.")
@@ -40,7 +35,8 @@ SHAPE = flags.DEFINE_enum("shape", "gpt2", sorted({*SHAPES, *TRAIN_SHAPES}), "Si
 BATCH = flags.DEFINE_list("batch", ["1"], "Rows; several may be given.")
 PROMPT = _int("prompt_tokens", None, "Prompt length; default 32, prefill 512.", lower_bound=1)
 _int("new_tokens", 64, "Tokens to decode.", lower_bound=2)
-_str("weights", "", "Ours: a dtype, int8 or w8a8; default float32.")
+flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "Of both sides; default float32.")
+_str("weights", "", "Ours: a dtype, int8 or w8a8; default --dtype.")
 _str("mesh", "", "Our devices with --case=train, such as data:2; '' = one.")
 _int("steps", 5, "Training steps in a round.", lower_bound=1)
 _int("requests", 64, "Of mixed_traffic, arrivals and prefix.", lower_bound=1)
@@ -61,29 +57,27 @@ def records(case, torch, transformers, peers) -> Iterator[dict]:
     if case == "train":
         options = {"compiled": "torch_compile" in peers, "steps": FLAGS.steps, "mesh": FLAGS.mesh}
         found = interleaved(rivals(torch, SHAPE.value, **options), FLAGS.repeats)
-        yield record(f"train/{SHAPE.value}/{peers[0]}", *found.values(), **threads(torch))
+        yield record(f"train/{SHAPE.value}/{peers[0]}", *found.values(), **ran_on(torch))
     elif case == "drafters":
         yield from drafters(LLM(), FLAGS.draft_head, FLAGS.draft_model, FLAGS.new_tokens, FLAGS.repeats)
     else:
-        peer = random_model(transformers, SHAPE.value)
+        dtype = FLAGS.dtype or "float32"
+        peer = random_model(torch, transformers, SHAPE.value, dtype)
         sizes: dict = {name: FLAGS[name].value for name in SIZES} | {"rates": [*map(float, RATES.value)]}
         sizes["batches"] = [*map(int, BATCH.value)]
         sizes["prompt_tokens"] = PROMPT.value or (512 if case == "prefill" else 32)
-        name = "_".join(filter(None, (SHAPE.value, FLAGS.weights)))
-        sides = (torch, transformers, same_weights(peer, FLAGS.weights), peer, name, peers)
+        name = "_".join(filter(None, (SHAPE.value, FLAGS.dtype, FLAGS.weights)))
+        llm = same_weights(peer, FLAGS.weights, dtype)
+        sides = (torch, transformers, llm, peer, name, dtype, peers)
         yield from CASES[case](Setup(*sides, **sizes))
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    case, known = CASE.value, PEERS[CASE.value]
-    peers = FLAGS.peer or [known[0]]
-    if set(peers) - set(known) or (peers[1:] and case not in ("decode", "prefill")):
-        raise ValueError(f"--peer={','.join(peers)}: expected one of {known} with --case={case}")
-    for name, of in OF_CASE.items():
-        if FLAGS[name].value and case not in of:
-            raise ValueError(f"--{name}={FLAGS[name].value}: only --case={'|'.join(of)} has it")
+    case, peers = CASE.value, FLAGS.peer or [PEERS[CASE.value][0]]
+    check_flags(case, peers, {name: FLAGS[name].value for name in OF_CASE})
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU has room for both sides
     try:  # --help needs neither
         import torch
         import transformers

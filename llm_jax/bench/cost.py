@@ -1,4 +1,4 @@
-"""What a decode step must read at least, from a model's shapes; and what the machine can read."""
+"""What a step must read or compute at least, from a model's shapes; and what the machine can move."""
 
 import time
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.models import Model
+from llm_jax.models.cost import forward_flops
 from llm_jax.tree import flatten, num_bytes
 
 
@@ -24,6 +25,16 @@ def decode_bytes(model: Model, batch: int, context: int) -> int:
     return weights + batch * slots * cfg.num_kv_heads * cfg.head_dim * 2 * itemsize
 
 
+def prefill_flops(model: Model, batch: int, tokens: int) -> int:
+    """Floating point operations of prompts [batch, tokens], to the logits of each row's last token.
+
+    As `forward_flops` counts, but of a causal mask what it leaves alone: (tokens + 1) / 2 keys a token.
+    """
+    cfg = model.config
+    vocabulary = 2 * cfg.vocab_size * cfg.embed_dim * batch * (tokens - 1)
+    return forward_flops(model, batch * tokens, (tokens + 1) // 2) - vocabulary
+
+
 def read_bandwidth(megabytes: int = 512, repeats: int = 7) -> float:
     """Bytes per second at which XLA sums an array much larger than the caches; the best of `repeats`."""
     values = jnp.ones((megabytes << 20) // 4, jnp.float32).reshape(-1, 1024)
@@ -35,3 +46,16 @@ def read_bandwidth(megabytes: int = 512, repeats: int = 7) -> float:
         total(values).block_until_ready()
         best = min(best, time.perf_counter() - start)
     return values.nbytes / best
+
+
+def copy_bandwidth(megabytes: int = 2048, repeats: int = 7) -> float:
+    """Bytes per second, read and written, at which a device copies; the best of `repeats`."""
+    values = jnp.ones((megabytes << 20) // 4, jnp.float32)
+    copied = jax.jit(lambda x: x + 1)  # a bare copy may be none
+    copied(values).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        copied(values).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * values.nbytes / best

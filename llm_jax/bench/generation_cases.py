@@ -4,15 +4,17 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from llm_jax.bench import runtimes
-from llm_jax.bench.cost import decode_bytes, read_bandwidth
-from llm_jax.bench.peers import Generate, generator
-from llm_jax.bench.setup import Setup, cores, record, skipped, threads
+from llm_jax.bench.cost import copy_bandwidth, decode_bytes, prefill_flops, read_bandwidth
+from llm_jax.bench.peers import STATIC, Generate, generator
+from llm_jax.bench.setup import Setup, cores, ran_on, record, skipped
 from llm_jax.bench.timing import interleaved
 from llm_jax.infer.llm import LLM
 from llm_jax.ops.sampling_params import SamplingParams
+from llm_jax.train.speed import PEAK_FLOPS
 
 
 def speeds(
@@ -72,29 +74,47 @@ def _beside_peers(setup: Setup, case: str) -> Iterator[dict[str, Any]]:
     for batch in setup.batches if peers else ():
         found = speeds(setup.llm, peers, case, batch, *sizes)
         for name in peers:
-            of = f"{case}/{setup.name}/batch{batch}"
-            both = threads(setup.torch)
+            of = f"{case}/{setup.name}/batch{batch}" + (f"/{name}" if name != "transformers" else "")
+            more = ran_on(setup.torch)
             if name in runtimes.RUNTIMES:
-                of, both = f"{of}/{name}", both | {"peer_threads": cores()}
-            yield record(of, found["ours"], found[name], **both)
+                more |= {"peer_threads": cores()}
+            if case == "prefill":
+                more |= _utilization(setup, batch, found["ours"], found[name])
+            yield record(of, found["ours"], found[name], **more)
+
+
+def _utilization(setup: Setup, batch: int, ours: float, peer: float) -> dict[str, float]:
+    """Of prompts read at so many tokens/s: operations a second, and their share of the bfloat16 peak."""
+    per_token = prefill_flops(setup.llm.model, batch, setup.prompt_tokens) / batch / setup.prompt_tokens
+    found = {"our_tflops_per_s": ours * per_token / 1e12, "peer_tflops_per_s": peer * per_token / 1e12}
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind) if setup.dtype == "bfloat16" else None
+    if peak:
+        found |= {"our_mfu": ours * per_token / peak, "peer_mfu": peer * per_token / peak}
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 def _generator(setup: Setup, name: str) -> Generate:
     """How a peer generates. Raises what `runtimes.load` does."""
     if name not in runtimes.RUNTIMES:
-        return generator(setup.torch, setup.peer)
+        return generator(setup.torch, setup.peer, static=name == STATIC)
+    if setup.dtype != "float32" or jax.default_backend() == "gpu":
+        raise RuntimeError(f"{name} is compared in float32 on a CPU alone")
     sizes = {"rows": max(setup.batches), "length": setup.prompt_tokens + setup.new_tokens}
     return runtimes.load(name, setup.transformers, setup.peer, **sizes, threads=cores())
 
 
 def bandwidth(setup: Setup) -> Iterator[dict[str, Any]]:
-    """What part of the machine's memory bandwidth a decode step of one row reaches."""
+    """What part of the memory's bandwidth a decode step of one row reaches.
+
+    Of a CPU that is how fast it reads, of other devices how fast they copy, both directions counted.
+    """
     sizes = (setup.prompt_tokens, setup.new_tokens, setup.repeats)
     found = speeds(setup.llm, {}, "decode", 1, *sizes)
     needed = decode_bytes(setup.llm.model, 1, setup.prompt_tokens + setup.new_tokens // 2)
-    machine = read_bandwidth() / 1e9
-    case = f"bandwidth/{setup.name}/batch1"
-    yield record(case, needed * found["ours"] / 1e9, machine, "GB/s", our_threads=cores())
+    how = "reading" if jax.default_backend() == "cpu" else "copying"
+    memory = (read_bandwidth if how == "reading" else copy_bandwidth)() / 1e9
+    more = {"peer_is": how} | ran_on(setup.torch)
+    yield record(f"bandwidth/{setup.name}/batch1", needed * found["ours"] / 1e9, memory, "GB/s", **more)
 
 
 CASES = {"decode": decode, "prefill": prefill, "bandwidth": bandwidth}

@@ -107,8 +107,8 @@ def static_batches(torch: ModuleType, peer: Any, traffic: Traffic, batch: int) -
                 mask[row, longest - len(traffic.prompts[i]) :] = 1
             new = max(traffic.new_tokens[i] for i in part)
             peer.generate(
-                torch.tensor(ids),
-                attention_mask=torch.tensor(mask),
+                torch.tensor(ids, device=peer.device),
+                attention_mask=torch.tensor(mask, device=peer.device),
                 min_new_tokens=new,
                 max_new_tokens=new,
                 do_sample=False,

@@ -7,7 +7,6 @@ import functools
 import statistics
 import time
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from llm_jax.bench.arrivals import completed_share, knee, plot_rates
 from llm_jax.bench.peers import same_weights
 from llm_jax.bench.serving import Times, Traffic, continuous_batches, mixed, serve, static_batches
-from llm_jax.bench.setup import Setup, record, skipped, threads
+from llm_jax.bench.setup import Setup, ran_on, record, skipped
 from llm_jax.bench.timing import interleaved
 from llm_jax.config import EngineConfig
 from llm_jax.engine.engine import Engine
@@ -57,7 +56,7 @@ def mixed_traffic(setup: Setup) -> Iterator[dict[str, Any]]:
     except Exception as error:  # of a peer whose continuous batching may not run here at all
         yield skipped(f"mixed_traffic/{setup.name}/continuous", error)
     speeds = interleaved(rivals, setup.repeats)
-    figures = middle(times[1:]) | threads(setup.torch)
+    figures = middle(times[1:]) | ran_on(setup.torch)
     for other in list(rivals)[1:]:
         yield record(f"mixed_traffic/{setup.name}/{other}", speeds["ours"], speeds[other], **figures)
     yield {"case": "compilations after the beginning", "count": engine.misses}
@@ -113,7 +112,7 @@ def speculation(setup: Setup) -> Iterator[dict[str, Any]]:
     pattern = np.random.default_rng(0).integers(5, VOCAB, 24).tolist()
     asked = SamplingParams(max_new_tokens=setup.new_tokens, temperature=0, ignore_eos=True)
     ways: dict[str, dict[str, Any]] = {"ours": {"speculation": "prompt_lookup"}, "peer": {}}
-    for text, model in {"random": setup.llm, "repetitive": repeating(setup.torch, setup.peer)}.items():
+    for text, model in {"random": setup.llm, "repetitive": repeating(setup)}.items():
         engines = {who: engine_for(model, 1, **changes) for who, changes in ways.items()}
 
         def speed(engine):
@@ -128,13 +127,13 @@ def speculation(setup: Setup) -> Iterator[dict[str, Any]]:
         yield record(f"speculation/{setup.name}/{text}", speeds["ours"], speeds["peer"], **per_step)
 
 
-def repeating(torch: ModuleType, peer: Any) -> LLM:
+def repeating(setup: Setup) -> LLM:
     """The same model, the blocks of which add nothing, so that a token tells the next one."""
-    with torch.no_grad():
-        for name, weight in peer.named_parameters():
+    with setup.torch.no_grad():
+        for name, weight in setup.peer.named_parameters():
             if name.endswith(("c_proj.weight", "o_proj.weight", "down_proj.weight")):
                 weight.zero_()
-    return same_weights(peer)
+    return same_weights(setup.peer, dtype=setup.dtype)
 
 
 def overhead(setup: Setup) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,8 @@ import os
 from types import ModuleType
 from typing import Any
 
+import jax
+
 from llm_jax.infer.llm import LLM
 
 
@@ -17,7 +19,8 @@ class Setup:
     llm: LLM
     peer: Any  # the same weights in transformers
     name: str  # of the shape
-    peers: list[str]  # of decode and prefill: transformers, or of `runtimes.RUNTIMES`
+    dtype: str  # of both sides
+    peers: list[str]  # of decode and prefill: transformers, `peers.STATIC`, or of `runtimes.RUNTIMES`
     repeats: int
     requests: int  # of mixed_traffic, arrivals, prefix
     max_rows: int  # of the engine and of the peer's batches, likewise
@@ -47,6 +50,8 @@ def cores() -> int:
     return os.cpu_count() or 1  # macOS, which binds no process to cores
 
 
-def threads(torch: ModuleType) -> dict[str, int]:
-    """Of both sides, for the records of a comparison with PyTorch."""
+def ran_on(torch: ModuleType) -> dict[str, Any]:
+    """What both sides of a comparison with PyTorch run on: the GPU, or threads of the CPU."""
+    if jax.default_backend() == "gpu":
+        return {"device": jax.devices()[0].device_kind}
     return {"our_threads": cores(), "peer_threads": torch.get_num_threads()}

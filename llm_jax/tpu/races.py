@@ -14,7 +14,6 @@ import jax
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # it tells nobody else of its races
 from jax.experimental.pallas import tpu as pltpu
 
-
 FOUND = "RACE DETECTED"
 MEANING = "a buffer is used while a DMA may still use it"
 

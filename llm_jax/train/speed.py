@@ -29,16 +29,18 @@ from llm_jax.models.cost import forward_flops
 T = TypeVar("T")
 
 # Dense bfloat16 FLOP/s by jax's device_kind. TPU: cloud.google.com/tpu/docs, the page of each version;
-# NVIDIA: data sheets of A100, H100 and H200 (SXM), without sparsity.
+# NVIDIA: data sheets of A100, H100, H200 (SXM) and HGX B200, without sparsity.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
+    "TPU7x": 1153.5e12,  # of a core, which is a device there
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
 }
 GIB = 1 << 30
 

@@ -13,7 +13,6 @@ from jax import export
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from llm_jax.kernels.cases import KernelCase
-from llm_jax.kernels.flash_attention import api as flash_api
 from llm_jax.kernels.flash_attention import cases as flash_cases
 from llm_jax.kernels.paged_attention import api as paged_api
 from llm_jax.kernels.paged_attention import cases as paged_cases
