@@ -213,16 +213,31 @@ def _unembed(net, strict: bool, hidden: jax.Array) -> jax.Array:
     return jax.lax.map(lambda x: net.unembed(x[:, None])[:, 0], hidden.swapaxes(0, 1)).swapaxes(0, 1)
 
 
+ALONE_AT_ONCE = 64  # tokens whose logits are held while they are scored alone
+
+
 def _score_alone(unembed: Callable, hidden: jax.Array, targets: jax.Array, alternatives: int):
-    """`score_tokens` a token at a time, by the code that a chosen token's log probability is from."""
+    """`score_tokens` a token at a time, by the code that a chosen token's log probability is from.
 
-    def one(piece):
-        hidden, targets = piece
-        logits = jax.lax.optimization_barrier(unembed(hidden[:, None]))
-        return jax.vmap(lambda x, token: token_logprobs(x, token[None], alternatives))(logits, targets)
+    In two loops, one of logits and one of what they say: in one, XLA makes other code of the two.
+    """
 
-    found = jax.lax.map(one, (hidden.swapaxes(0, 1), targets.T))
-    return jax.tree.map(lambda x: x[:, :, 0].swapaxes(0, 1), found)
+    def say(piece):
+        score = lambda logits, token: token_logprobs(logits[None], token[None], alternatives)  # noqa: E731
+        return jax.vmap(score)(*piece)
+
+    def some(piece):
+        hidden, targets = piece  # [n, D, E], [n, D]
+        return jax.lax.map(say, (unembed(hidden.swapaxes(0, 1)).swapaxes(0, 1), targets))
+
+    count = targets.shape[1]
+    size = min(count, ALONE_AT_ONCE)
+    padding = -count % size
+    pieces = [
+        jnp.pad(x.swapaxes(0, 1), ((0, padding), *((0, 0),) * (x.ndim - 1))) for x in (hidden, targets)
+    ]
+    found = jax.lax.map(some, tuple(x.reshape(-1, size, *x.shape[1:]) for x in pieces))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count, :, 0].swapaxes(0, 1), found)
 
 
 def _chosen_bits(tokens, logprob=None, top_ids=None, top_logprobs=None) -> jax.Array:
