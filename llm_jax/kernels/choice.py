@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from llm_jax.kernels import triton
 from llm_jax.kernels.chips import OLDEST_CAPABILITY, gpu_rule
 
 
@@ -28,6 +29,8 @@ def kernel_refusal(kind: str, head_dim: int) -> str:
         return f"there is no kernel for {kind}"
     if rule and rule.capability < OLDEST_CAPABILITY:
         return f"there is no kernel for {kind}: the GPU kernel takes an A100 or newer"
+    if rule and triton.plgpu is None:
+        return f"jax {jax.__version__} has no Pallas Triton, in which the GPU kernel is written"
     if head_dim % 16:
         return f"head_dim={head_dim} is no multiple of 16"
     if rule and head_dim > 256:

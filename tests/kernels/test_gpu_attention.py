@@ -1,6 +1,9 @@
 """The GPU's kernels of attention in interpret mode beside float64 in numpy; on a GPU, themselves."""
 
 import functools
+import os
+import subprocess
+import sys
 import time
 
 import jax
@@ -301,6 +304,23 @@ def test_the_choice_has_a_reason():
     assert gpu_rule("TPU v5e") is None and gpu_rule("cpu") is None
     assert "head_dim=512" in kernel_refusal("NVIDIA H200", 512)
     assert not kernel_refusal("TPU v5e", 512)
+
+
+def test_a_jax_without_triton_does_without_gpu_kernels():
+    """A later release: the package still imports, and says why XLA computes attention."""
+    code = """
+import sys
+sys.modules["jax.experimental.pallas.triton"] = None
+import llm_jax
+from llm_jax.kernels.choice import kernel_refusal
+print(kernel_refusal("NVIDIA H200", 128), "|", kernel_refusal("TPU v5e", 128))
+"""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert "has no Pallas Triton, in which the GPU kernel is written | \n" in found.stdout
 
 
 def test_pages_that_a_gpu_cannot_read_are_refused():

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from llm_jax.kernels.chips import GpuRule
 from llm_jax.kernels.flash_attention.plan import plan_by_ids
@@ -36,6 +35,7 @@ from llm_jax.kernels.flash_attention.tpu import (
     Reach,
     product,
 )
+from llm_jax.kernels.triton import plgpu
 
 LOG2_E = math.log2(math.e)
 

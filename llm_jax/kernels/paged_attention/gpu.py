@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from llm_jax.kernels.chips import GpuRule
 from llm_jax.kernels.flash_attention.gpu import LOG2_E, head_width
@@ -27,6 +26,7 @@ from llm_jax.kernels.flash_attention.tpu import HIDDEN, LOWEST, product
 from llm_jax.kernels.paged_attention.reference import token_rows, write_tokens
 from llm_jax.kernels.paged_attention.scales import LANES
 from llm_jax.kernels.paged_attention.types import CHUNK_ALIGNMENT, Pages, Rows
+from llm_jax.kernels.triton import plgpu
 
 LEAST_KEYS = 512  # of a row's, for a program of its own
 WAVES = 4  # programs for each multiprocessor, which has three or four at a time
