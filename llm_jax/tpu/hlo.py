@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -230,10 +230,13 @@ class _Reader:
             yield from self.of(x.called("to_apply") or "")
         elif x.opcode == "conditional":
             yield from self.longest(x)
-        elif x.opcode == "custom-call-update":
-            yield self.offloaded(x, where)
-        elif x.opcode == "custom-call-start" and not x.operands:
+        elif x.opcode in ("custom-call-update", "call-update"):
+            began, *given = x.operands
+            yield self.offloaded(x, where.instructions[began], given, where)
+        elif x.opcode in ("custom-call-start", "call-start") and not x.operands:
             return  # its update hands it the operands
+        elif x.opcode == "call-start":
+            yield self.offloaded(x, x, x.operands, where)
         elif x.opcode.endswith("-done"):
             yield Operation(x.name, x.opcode, part="done", of=x.operands[0])
         else:
@@ -327,18 +330,22 @@ class _Reader:
                 return dataclasses.replace(found, kind=kind), channel
         return None
 
-    def offloaded(self, x: Instruction, where: Computation) -> Operation:
-        """What the SparseCores are given to do beside (v5p, v6e, tpu7x): a collective, or a gather."""
-        began = where.instructions[x.operands[0]]
-        named = re.search(r"called_computations=\{%?([\w.\-]+)", began.rest)
+    def offloaded(
+        self, x: Instruction, began: Instruction, given: Sequence[str], where: Computation
+    ) -> Operation:
+        """What the SparseCores are given to do beside (v5p, v6e, tpu7x): a collective, or a gather.
+
+        began: names what they do; x: the instruction that hands them the operands `given`.
+        """
+        named = re.search(r"(?:called_computations=\{|to_apply=)%?([\w.\-]+)", began.rest)
         assert named is not None, began
         inner = self.module.computations[named[1]]
         for y in inner.instructions.values():
             if y.opcode in COLLECTIVES:
                 found = self.costed(dataclasses.replace(y, name=x.name), inner)
                 return dataclasses.replace(found, part="start")
-        given = [a for name in x.operands[1:] for a in where.instructions[name].arrays]
-        moved = sum(a.hbm for a in (*given, *inner.instructions[inner.root].arrays))
+        arrays = [a for name in given for a in where.instructions[name].arrays]
+        moved = sum(a.hbm for a in (*arrays, *inner.instructions[inner.root].arrays))
         return Operation(x.name, x.opcode, hbm_bytes=moved, part="start")
 
     def custom(self, x: Instruction, where: Computation, common: dict) -> Operation:
@@ -347,7 +354,7 @@ class _Reader:
         moved = sum(a.hbm for a in (*x.arrays, *given))
         if x.attribute("custom_call_target") != '"tpu_custom_call"':
             return Operation(**common, hbm_bytes=moved)
-        kernel = {"kernel": re.sub(r"\.\d+$", "", x.name), "given": tuple(given), "made": x.arrays}
+        kernel = {"kernel": x.name.partition(".")[0], "given": tuple(given), "made": x.arrays}
         return Operation(**common, hbm_bytes=moved, **kernel)
 
     def operands(self, x: Instruction, where: Computation) -> list[Array]:
