@@ -1,4 +1,4 @@
-"""Trees of arrays: paths as strings, byte counts, and stacked layers taken apart without a copy."""
+"""Trees of arrays: paths as strings, byte counts, and stacked layers taken apart."""
 
 import dataclasses
 import re
@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 
 @jax.tree_util.register_dataclass
@@ -14,8 +15,8 @@ import numpy as np
 class PerLayer:
     """Stands where an array stacked over layers stood: one array per layer, layer 0 first.
 
-    XLA:CPU copies the slice of a stacked weight before every product, which triples the memory
-    traffic of a decode step; separate arrays are read in place.
+    XLA:CPU and XLA:GPU copy the slice of a stacked weight before every product, which triples the
+    memory traffic of a decode step; separate arrays are read in place.
     """
 
     parts: tuple[Any, ...]
@@ -107,22 +108,41 @@ def layers_apart(params: dict[str, Any]) -> dict[str, Any]:
     A gradient through it is stacked again: the transpose of a split is one concatenation.
     """
 
-    def apart(x: jax.Array) -> PerLayer:
-        return PerLayer(tuple(p[0] for p in jax.lax.split(x, (1,) * x.shape[0])))
-
     if "layers" not in params:
         return params
-    return params | {"layers": jax.tree.map(apart, params["layers"])}
+    return params | {"layers": jax.tree.map(lambda x: PerLayer(_layers(x)), params["layers"])}
 
 
-def unstack(stacked: Any) -> Any:
-    """Each array [L, ...] as `PerLayer` views of the same memory; one CPU device, read-only use.
+def unstack(stacked: Any, *, release: bool = False) -> Any:
+    """Each array [L, ...] as `PerLayer`, for read-only use. What is `PerLayer` already stays as it is.
 
-    Views share the buffers of `stacked` when a layer's bytes keep XLA's alignment (64 bytes),
-    else that leaf is copied. What is `PerLayer` already stays as it is.
+    On one CPU device they are views: they share the buffers of `stacked` when a layer's bytes keep XLA's
+    alignment (64 bytes), else that array is copied. Elsewhere all are copies with the same shardings;
+    release: each array is deleted once it is copied, so that there is never much memory for both.
     """
-    views = lambda x: x if is_per_layer(x) else PerLayer(tuple(_views(x)))  # noqa: E731
-    return jax.tree.map(views, stacked, is_leaf=is_per_layer)
+
+    def apart(x: Any) -> PerLayer:
+        if is_per_layer(x):
+            return x
+        (first, *others) = x.devices()
+        if not others and first.platform == "cpu":
+            return PerLayer(tuple(_views(x)))
+        parts = PerLayer(_copies(x))
+        if release:
+            x.delete()
+        return parts
+
+    return jax.tree.map(apart, stacked, is_leaf=is_per_layer)
+
+
+def _copies(x: jax.Array) -> tuple[jax.Array, ...]:
+    spec = x.sharding.spec if isinstance(x.sharding, NamedSharding) else None
+    one = x.sharding if spec is None else NamedSharding(x.sharding.mesh, PartitionSpec(*spec[1:]))
+    return jax.jit(_layers, out_shardings=one)(x)
+
+
+def _layers(x: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(part[0] for part in jax.lax.split(x, (1,) * x.shape[0]))
 
 
 def _views(x: jax.Array) -> list[jax.Array]:

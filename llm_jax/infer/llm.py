@@ -107,9 +107,8 @@ class LLM:
         )
         described = served(describe(config), mesh)
         params = load_hf(directory, described, mesh, scheme=scheme)
-        self._setup(
-            described, params, mesh, load_tokenizer(directory), max_batch, steps_per_dispatch, seed
-        )
+        tokenizer = load_tokenizer(directory)
+        self._setup(described, params, mesh, tokenizer, max_batch, steps_per_dispatch, seed, owned=True)
         self.generation_config = load_generation_config(directory)
 
     @classmethod
@@ -126,7 +125,8 @@ class LLM:
     ) -> "LLM":
         """From parameters at hand, e.g. those being trained; without a tokenizer, prompts are ids.
 
-        They stay as they are: those with key heads that the mesh does not divide are copied.
+        They stay as they are: those with key heads that the mesh does not divide are copied, and on
+        GPUs all of the layers' (see `tree.PerLayer`).
         """
         self = cls.__new__(cls)
         mesh = _inference_mesh(mesh)
@@ -135,15 +135,17 @@ class LLM:
         self.generation_config = {}
         return self
 
-    def _setup(self, model, params, mesh, tokenizer, max_batch, steps_per_dispatch, seed):
+    def _setup(
+        self, model, params, mesh, tokenizer, max_batch, steps_per_dispatch, seed, *, owned=False
+    ):
         for name, value in (("max_batch", max_batch), ("steps_per_dispatch", steps_per_dispatch)):
             if value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1")
         self.model, self.mesh, self.tokenizer = model, mesh, tokenizer
         self.max_batch, self.steps_per_dispatch, self.seed = max_batch, steps_per_dispatch, seed
         self.compiled, self.stats, self._runs = Compiled(), Stats(), 0
-        if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu":
-            params = dict(params, layers=unstack(params["layers"]))  # views; see tree.PerLayer
+        if _layers_lie_apart(mesh):
+            params = dict(params, layers=unstack(params["layers"], release=owned))
         self.params = params
 
     def default_sampling(self, **changes: Any) -> SamplingParams:
@@ -456,6 +458,15 @@ def _check_streams(requests: Sequence[SamplingParams]) -> None:
                 f"SamplingParams.best_of is {request.best_of}: what is chosen at the end cannot stream; "
                 "use None"
             )
+
+
+def _layers_lie_apart(mesh: Mesh) -> bool:
+    """Whether each layer has arrays of its own, as XLA would copy slices of stacks: `tree.PerLayer`.
+
+    On a CPU mesh of several devices they stay stacked, so that compiling is as it is on TPUs.
+    """
+    platform = mesh.devices.flat[0].platform
+    return platform == "gpu" or (platform == "cpu" and mesh.size == 1)
 
 
 def _inference_mesh(mesh: Mesh | str) -> Mesh:

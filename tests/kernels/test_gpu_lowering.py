@@ -158,3 +158,15 @@ def test_paged_attention_compiles_and_leaves_the_pages_in_place(name, gpu):
     assert program.temp_bytes < size / 4
     shape = ",".join(map(str, pages.shape))
     assert not re.search(rf"\[{shape}\]\S* copy\(", program.hlo)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("which", ["engine", "decode"])
+def test_a_step_of_single_tokens_copies_no_weight(which):
+    """XLA copies slices of stacked weights, so `LLM` gives each layer arrays of its own."""
+    apart = compile_cuda("tests.kernels.gpu_steps:step", "H200", {"which": which})
+    assert apart.temp_bytes < 1 << 20  # the smallest matrix has 8 MiB
+    assert of_pallas(apart, "paged_attention")
+    stacked = compile_cuda("tests.kernels.gpu_steps:step", "H200", {"which": which, "apart": False})
+    assert stacked.temp_bytes > 2 * 14336 * 4096, "no copies: stacks would do, and compile faster"
