@@ -136,9 +136,10 @@ def unstack(stacked: Any, *, release: bool = False) -> Any:
 
 
 def _copies(x: jax.Array) -> tuple[jax.Array, ...]:
-    spec = x.sharding.spec if isinstance(x.sharding, NamedSharding) else None
-    one = x.sharding if spec is None else NamedSharding(x.sharding.mesh, PartitionSpec(*spec[1:]))
-    return jax.jit(_layers, out_shardings=one)(x)
+    sharding = x.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return jax.jit(_layers, out_shardings=sharding)(x)
 
 
 def _layers(x: jax.Array) -> tuple[jax.Array, ...]:

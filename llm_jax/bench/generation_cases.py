@@ -78,19 +78,26 @@ def _beside_peers(setup: Setup, case: str) -> Iterator[dict[str, Any]]:
             more = ran_on(setup.torch)
             if name in runtimes.RUNTIMES:
                 more |= {"peer_threads": cores()}
-            if case == "prefill":
-                more |= _utilization(setup, batch, found["ours"], found[name])
+            told = _utilization if case == "prefill" else _traffic
+            more |= told(setup, batch, {"our": found["ours"], "peer": found[name]})
             yield record(of, found["ours"], found[name], **more)
 
 
-def _utilization(setup: Setup, batch: int, ours: float, peer: float) -> dict[str, float]:
+def _utilization(setup: Setup, batch: int, speeds: dict[str, float]) -> dict[str, float]:
     """Of prompts read at so many tokens/s: operations a second, and their share of the bfloat16 peak."""
     per_token = prefill_flops(setup.llm.model, batch, setup.prompt_tokens) / batch / setup.prompt_tokens
-    found = {"our_tflops_per_s": ours * per_token / 1e12, "peer_tflops_per_s": peer * per_token / 1e12}
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind) if setup.dtype == "bfloat16" else None
+    found = {f"{who}_tflops_per_s": speed * per_token / 1e12 for who, speed in speeds.items()}
     if peak:
-        found |= {"our_mfu": ours * per_token / peak, "peer_mfu": peer * per_token / peak}
+        found |= {f"{who}_mfu": speed * per_token / peak for who, speed in speeds.items()}
     return {name: round(value, 3) for name, value in found.items()}
+
+
+def _traffic(setup: Setup, batch: int, speeds: dict[str, float]) -> dict[str, float]:
+    """Of steps that make so many tokens/s: what they must read at least, in GB/s."""
+    context = setup.prompt_tokens + setup.new_tokens // 2
+    per_token = decode_bytes(setup.llm.model, batch, context) / batch
+    return {f"{who}_gb_per_s": round(speed * per_token / 1e9, 2) for who, speed in speeds.items()}
 
 
 def _generator(setup: Setup, name: str) -> Generate:
