@@ -6,6 +6,7 @@ is kept whole on every device of that axis, and that is logged once; only layers
 and a model that serves has its key heads repeated until they fit (`key_heads`).
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.experimental.mesh_utils import create_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import AbstractDevice, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from llm_jax.config import nearest
 
@@ -339,3 +340,10 @@ def _mesh_axis(name: str | None, rules: Rules, size: int, mesh: Any) -> str | tu
             )
         return None
     return target
+
+
+def abstract_device(kind: str, cores: int | None, platform: str) -> AbstractDevice:
+    """A device that is not there, for an `AbstractMesh`; jax before 0.10 asks for no platform."""
+    given = {"device_kind": kind, "num_cores": cores, "platform": platform}
+    asked = {field.name for field in dataclasses.fields(AbstractDevice)}
+    return AbstractDevice(**{name: value for name, value in given.items() if name in asked})

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from llm_jax.cache.paged import PagedCache, abstract_paged, pool_windows
 from llm_jax.compress.quantize import quantized_shapes
@@ -26,6 +26,7 @@ from llm_jax.ops.sampling import GREEDY
 from llm_jax.plan.workload import CACHES, Workload, device_kind, devices
 from llm_jax.sharding import (
     MESH_AXES,
+    abstract_device,
     batch_sharding,
     data_shards,
     make_mesh,
@@ -48,7 +49,7 @@ def abstract_mesh(mesh: str | Mapping[str, int], count: int, kind: str = "") -> 
     kind: of the devices, as JAX names it; caches have another shape on a TPU.
     """
     sizes = mesh_sizes(mesh, count)
-    device = AbstractDevice(kind, None, "tpu") if kind else None
+    device = abstract_device(kind, None, "tpu") if kind else None
     types = (AxisType.Auto,) * len(sizes)
     return AbstractMesh(tuple(sizes.values()), MESH_AXES, axis_types=types, abstract_device=device)
 

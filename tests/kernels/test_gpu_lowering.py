@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import export
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType
 
 from llm_jax.kernels.cases import KernelCase
 from llm_jax.kernels.flash_attention import cases as flash_cases
 from llm_jax.kernels.paged_attention import api as paged_api
 from llm_jax.kernels.paged_attention import cases as paged_cases
+from llm_jax.sharding import abstract_device
 from tests.kernels.gpu_compiler import TARGETS, CudaProgram, Kernel, compile_cuda, why_not
 
 CALL = "__gpu$xla.gpu.triton"
@@ -84,7 +85,7 @@ def layers_case(layers: int = 3, in_order: bool = False, **options) -> KernelCas
 @pytest.fixture
 def on_h100():
     """Traced for one: kernels are chosen as there, and jax's lowering finds what it asks of a GPU."""
-    device = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    device = abstract_device("NVIDIA H100 80GB HBM3", 132, "gpu")
     mesh = AbstractMesh((1,), ("one",), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         yield
