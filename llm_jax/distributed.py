@@ -394,8 +394,9 @@ def _environment() -> dict[str, Any] | None:
             )
         return {"num_processes": count, "process_id": index} if count > 1 else None
     for cluster in ClusterEnv._cluster_types:
-        if cluster.name in CLUSTERS and cluster.is_env_present() and cluster.get_process_count() > 1:
-            return {"cluster_detection_method": cluster.name}
+        name = getattr(cluster, "name", "")  # in jax 0.8 one has none
+        if name in CLUSTERS and cluster.is_env_present() and cluster.get_process_count() > 1:
+            return {"cluster_detection_method": name}
     return None
 
 
