@@ -56,7 +56,7 @@ def test_page_tables_drive_the_loops(lab, page):
     reads = 2 * 32 * 8 * 4096 // page  # keys and values of each row, head and page
     assert kernel.dma["hbm->vmem"] == {"count": reads, "bytes": reads * page * 128 * 2}
     assert not kernel.blind
-    assert kernel.share_of_hbm < 0.7, "far from the bandwidth, as is known of small pages"
+    assert kernel.share_of_hbm < 0.6, "far from the bandwidth, as is known of small pages"
     unknown = lab(f"{CASES}:paged", "v6e:1x1", **blocks, given=False).kernels[0]
     assert unknown.blind
     assert unknown.issued_cycles < kernel.issued_cycles
@@ -83,11 +83,8 @@ def test_an_independent_count_agrees(lab, tmp_path, topology, ours, theirs):
     environment = inherited | ({"TPU_LIBRARY_PATH": chosen} if chosen else {})
     subprocess.run([*command, *options, f"--json={answer}"], check=True, env=environment, cwd=tmp_path)
     (counted,) = json.loads(answer.read_text())
-    theirs_us = sum(k["est_us"] for k in counted["kernels"])
-    if not theirs_us and not chosen:
-        pytest.skip(f"{tool.name} does not read what this libtpu dumps")
     report = lab(f"{CASES}:{ours[0]}", topology, **ours[1])
-    assert report.kernel_us == pytest.approx(theirs_us, rel=0.1)
+    assert report.kernel_us == pytest.approx(sum(k["est_us"] for k in counted["kernels"]), rel=0.1)
     assert report.xla_us == pytest.approx(counted["fusion_us"], rel=0.1)
 
 
