@@ -1,6 +1,7 @@
 """What a step must read or compute at least, from a model's shapes; and what the machine can move."""
 
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -39,23 +40,22 @@ def read_bandwidth(megabytes: int = 512, repeats: int = 7) -> float:
     """Bytes per second at which XLA sums an array much larger than the caches; the best of `repeats`."""
     values = jnp.ones((megabytes << 20) // 4, jnp.float32).reshape(-1, 1024)
     total = jax.jit(lambda x: jnp.ones((1, x.shape[1]), x.dtype) @ x.T)
-    total(values).block_until_ready()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        total(values).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return values.nbytes / best
+    return values.nbytes / _least_seconds(total, values, repeats)
 
 
 def copy_bandwidth(megabytes: int = 2048, repeats: int = 7) -> float:
     """Bytes per second, read and written, at which a device copies; the best of `repeats`."""
     values = jnp.ones((megabytes << 20) // 4, jnp.float32)
     copied = jax.jit(lambda x: x + 1)  # a bare copy may be none
-    copied(values).block_until_ready()
+    return 2 * values.nbytes / _least_seconds(copied, values, repeats)
+
+
+def _least_seconds(function: Callable[[jax.Array], jax.Array], values: jax.Array, repeats: int) -> float:
+    """Of one call, after one that compiles it."""
+    function(values).block_until_ready()
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
-        copied(values).block_until_ready()
+        function(values).block_until_ready()
         best = min(best, time.perf_counter() - start)
-    return 2 * values.nbytes / best
+    return best

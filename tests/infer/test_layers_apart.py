@@ -1,5 +1,7 @@
 """Layers with arrays of their own, as GPUs need them, on pretended CPU devices: `tree.PerLayer`."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -72,6 +74,17 @@ def test_what_is_read_from_a_directory_is_held_once(apart, tmp_path, monkeypatch
     assert not any(x.is_deleted() for x in jax.tree.leaves(params)), "the caller's"
     tokens = [[x.token_ids for x in each.generate(PROMPTS, ASKED)] for each in (llm, given)]
     assert tokens[0] == tokens[1]
+
+
+@pytest.mark.parametrize(
+    ("platform", "devices", "apart"),
+    [("cpu", 1, True), ("cpu", 2, False), ("gpu", 1, True), ("gpu", 8, True), ("tpu", 1, False)],
+)
+def test_which_devices_have_them(platform, devices, apart):
+    mesh = SimpleNamespace(
+        size=devices, devices=np.array([SimpleNamespace(platform=platform)] * devices)
+    )
+    assert llm_module._layers_lie_apart(mesh) == apart
 
 
 def layers(llm):

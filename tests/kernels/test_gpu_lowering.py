@@ -171,3 +171,15 @@ def test_a_step_of_single_tokens_copies_no_weight(which):
     assert of_pallas(apart, "paged_attention")
     stacked = compile_cuda("tests.kernels.gpu_steps:step", "H200", {"which": which, "apart": False})
     assert stacked.temp_bytes > 2 * 14336 * 4096, "no copies: stacks would do, and compile faster"
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_long_prompt_takes_the_flash_kernel():
+    options = {"which": "prefill", "context": 8192}
+    program = compile_cuda("tests.kernels.gpu_steps:step", "H200", options)
+    kernels = of_pallas(program, "flash_attention")
+    assert kernels and all(kernel.wgmma for kernel in kernels.values())
+    checked(kernels, "prefill", "H200")
+    scores = 32 * 8192**2 * 4  # float32, of all heads: what attention by XLA would hold in part
+    assert program.temp_bytes < scores / 8
