@@ -51,8 +51,8 @@ def get_config(name="bundled"):
     )
 
 
-def encoder(vocab_size, num_layers, embed_dim, max_positions=128, dropout=0.3, **settings):
-    """A BERT-type classifier over the mean of its hidden states."""
+def encoder(vocab_size, num_layers, embed_dim, max_positions=128, dropout=0.3, ngram_orders=(1, 2)):
+    """A BERT-type classifier over the mean of its hidden states, and over n-grams of characters."""
     heads = embed_dim // 32
     return ModelConfig(
         family="bert",
@@ -80,7 +80,9 @@ def encoder(vocab_size, num_layers, embed_dim, max_positions=128, dropout=0.3, *
         out_bias=True,
         mlp_bias=True,
         dropout=dropout,
-        **settings,
+        ngram_orders=ngram_orders,
+        ngram_buckets=65536,
+        ngram_dropout=0.3,
     )
 
 
@@ -141,6 +143,7 @@ SETTINGS = {  # name: (folder, settings)
             "token_dropout": 0.15,
             "label_smoothing": 0.2,
             "embed_start": "cooccurrence",
+            "pretrain": pretraining(epochs=8.0),
             "model": encoder(vocab_size=8000, num_layers=1, embed_dim=128),
             "optim": adamw(learning_rate=1e-3, ema_decay=0.998, weight_decay=0.2),
             "batch_size": 128,
@@ -154,15 +157,7 @@ SETTINGS = {  # name: (folder, settings)
         {
             "max_tokens": 192,
             "token_dropout": 0.15,
-            "model": encoder(
-                vocab_size=8000,
-                num_layers=1,
-                embed_dim=96,
-                max_positions=256,
-                ngram_orders=(2, 3),
-                ngram_buckets=65536,
-                ngram_dropout=0.7,
-            ),
+            "model": encoder(vocab_size=8000, num_layers=1, embed_dim=96, max_positions=256),
             "optim": adamw(learning_rate=1.5e-3, ema_decay=0.99),
             "batch_size": 64,
             "epochs": 8.0,
@@ -180,7 +175,7 @@ SETTINGS = {  # name: (folder, settings)
             "replacements": TWEETS,
             "r_drop": 1.0,
             "token_dropout": 0.15,
-            "model": encoder(vocab_size=6000, num_layers=1, embed_dim=128),
+            "model": encoder(vocab_size=6000, num_layers=1, embed_dim=128, ngram_orders=(2, 3, 4, 5)),
             "pretrain": pretraining(epochs=30.0),
             "optim": adamw(learning_rate=1e-3, ema_decay=0.99),
             "batch_size": 64,

@@ -83,9 +83,6 @@ class ModelConfig:
     # Embedding and heads
     embed_scale: bool = False  # multiply embeddings by sqrt(D) (Gemma)
     embed_norm: bool = False  # LayerNorm after the embedding sum (BERT)
-    ngram_orders: tuple[int, ...] = ()  # n of the n-grams whose hashed embeddings are added; encoders
-    ngram_buckets: int = 0  # rows of the table that the n-grams of each order share
-    ngram_dropout: float = 0.0  # share of the n-grams left out while training
     tie_embeddings: bool = False
     final_softcap: float | None = None
     head: str = "lm"  # "lm" | "masked_lm" | "classifier" | "embedding" | "span"
@@ -94,6 +91,10 @@ class ModelConfig:
     num_classes: int = 0
     labels: tuple[str, ...] = ()
     class_parts: tuple[int, ...] = ()  # finer classes that make up each class; () = the classes alone
+    # n of the character n-grams that have logits of their own, which are added to the classifier's
+    ngram_orders: tuple[int, ...] = ()
+    ngram_buckets: int = 0  # rows of the table that the n-grams of each order share by a hash
+    ngram_dropout: float = 0.0  # share of the n-grams left out while training
     dropout: float = 0.0  # residual, embedding and classifier dropout while training
     # What a layer keeps for its backward pass, which computes the rest again: "none" = everything;
     # "dots" = the results of all products; "dots_no_batch" = of those with weights; "full" = its input
@@ -155,10 +156,9 @@ class ModelConfig:
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         if self.ngram_orders:
             orders = self.ngram_orders
-            require(min(orders) > 1, "ngram_orders", orders, "2 or more each; 1 is the token itself")
+            require(min(orders) > 0, "ngram_orders", orders, "1 or more each")
+            require(self.head == "classifier", "ngram_orders", orders, f"() with head={self.head!r}")
             require(self.ngram_buckets > 0, "ngram_buckets", self.ngram_buckets, "a positive number")
-            without = "() for a causal model: a decode step sees one token"
-            require(not self.causal, "ngram_orders", orders, without)
 
     def _check_experts(self) -> None:
         experts, chosen, loss = self.num_experts, self.experts_per_token, self.router_aux_loss
@@ -176,6 +176,12 @@ class ModelConfig:
     def layer_windows(self) -> tuple[int, ...]:
         """Sliding window of each layer in tokens, 0 = full attention; length L."""
         return self.windows or (0,) * self.num_layers
+
+    def with_head(self, head: str) -> "ModelConfig":
+        """The same trunk under a head of tokens, "lm", "masked_lm" or "span": no classes, no pooler."""
+        none = {"num_classes": 0, "labels": (), "class_parts": (), "pooler": False}
+        ngrams = {"ngram_orders": (), "ngram_buckets": 0, "ngram_dropout": 0.0}
+        return dataclasses.replace(self, head=head, **none, **ngrams)
 
     def with_dtypes(self, backend: str) -> "ModelConfig":
         """Fill unset dtypes with the backend's default.

@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm_jax import sharding
+from llm_jax.data.ngrams import pad_ngrams
 from llm_jax.data.packing import Batch, pad_batch
 from llm_jax.data.tasks import Example
 
@@ -111,10 +112,10 @@ class PackedLoader:
 
 class ExampleLoader:
     """Batches of labelled texts: `loader(step)` -> tokens, segment_ids, positions [b, T], labels and
-    weights [b].
+    weights [b], and ngrams [b, N] where the examples have them.
 
     b = B / hosts as in `PackedLoader`. T is the smallest of `buckets` that holds the longest example of
-    the global batch, so every host pads to the same T.
+    the global batch, so every host pads to the same T; likewise N.
     transform: changes an example (subword sampling, word dropout) with a generator that depends only on
         (seed, place in the stream): the same whatever the number of hosts. Its result must fit the
         largest bucket. Every host transforms the whole global batch, to know its longest example.
@@ -157,6 +158,9 @@ class ExampleLoader:
         mine = examples[self.part]
         batch = pad_batch([example.tokens for example in mine], length, self.pad_id)
         batch["weights"] = np.array([example.weight for example in mine], np.float32)
+        ngrams = [example.ngrams for example in examples if example.ngrams is not None]
+        if ngrams:
+            batch["ngrams"] = pad_ngrams(ngrams)[self.part]
         return batch | {"labels": np.array([example.label for example in mine], np.int32)}
 
     def _bucket(self, longest: int) -> int:

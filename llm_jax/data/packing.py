@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from llm_jax.data.ngrams import pad_ngrams
+
 Batch = dict[str, np.ndarray]
 
 NO_TARGET = -1  # what the loss leaves out
@@ -104,12 +106,16 @@ def row_batches(rows: Batch, batch_size: int) -> list[Batch]:
 
 
 def batches_by_length(
-    sequences: Sequence[Sequence[int]], batch_size: int, buckets: Sequence[int]
+    sequences: Sequence[Sequence[int]],
+    batch_size: int,
+    buckets: Sequence[int],
+    ngrams: Sequence[np.ndarray] | None = None,
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """(indices [b], batch [batch_size, T]) over all sequences once, shortest first.
 
     T is the smallest of `buckets` that holds the batch. What the last batch lacks (b < batch_size) is
     filled with rows of padding, so that only the buckets make different shapes.
+    ngrams: those of each sequence, for a batch with `ngrams` [batch_size, N]; see `data.ngrams`.
     """
     lengths = np.array([len(sequence) for sequence in sequences], np.int64)
     order = np.argsort(lengths, kind="stable")
@@ -117,8 +123,12 @@ def batches_by_length(
         indices = order[start : start + batch_size]
         length = next(b for b in buckets if b >= lengths[indices[-1]])
         batch = pad_batch([sequences[i] for i in indices], length)
-        empty = ((0, batch_size - len(indices)), (0, 0))
-        yield indices, {name: np.pad(values, empty) for name, values in batch.items()}
+        lacking = batch_size - len(indices)
+        batch = {name: np.pad(values, ((0, lacking), (0, 0))) for name, values in batch.items()}
+        if ngrams is not None:
+            none = [np.empty(0, np.int32)] * lacking
+            batch["ngrams"] = pad_ngrams([ngrams[i] for i in indices] + none)
+        yield indices, batch
 
 
 def length_buckets(longest: int, shortest: int = 16) -> tuple[int, ...]:

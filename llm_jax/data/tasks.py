@@ -21,18 +21,28 @@ class Example:
     tokens: np.ndarray  # [T] int32, T >= 1
     label: int
     weight: float = 1.0  # in the loss
+    ngrams: np.ndarray | None = None  # [n] int32, of a model that looks them up; see `data.ngrams`
 
 
 def classification_examples(
-    texts: Sequence[str], labels: Sequence[int] | np.ndarray, encode: Encode, max_length: int
+    texts: Sequence[str],
+    labels: Sequence[int] | np.ndarray,
+    encode: Encode,
+    max_length: int,
+    ngrams: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> list[Example]:
-    """One `Example` per text, cut to `max_length` tokens as `encode_within` does."""
+    """One `Example` per text, cut to `max_length` tokens as `encode_within` does.
+
+    ngrams: f(tokens) -> the n-grams of a text; None = the examples have none.
+    """
     if len(texts) != len(labels):
         raise ValueError(f"{len(labels)} labels for {len(texts)} texts; expected one for each")
-    return [
-        Example(text, encode_within(text, encode, max_length), int(label))
-        for text, label in zip(texts, labels, strict=True)
-    ]
+    examples = []
+    for text, label in zip(texts, labels, strict=True):
+        tokens = encode_within(text, encode, max_length)
+        found = None if ngrams is None else ngrams(tokens)
+        examples.append(Example(text, tokens, int(label), ngrams=found))
+    return examples
 
 
 def encode_within(text: str, encode: Encode, max_length: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from llm_jax.checkpoint.hf import load_config, load_hf, resolve
 from llm_jax.checkpoint.workdir import load_trained
 from llm_jax.compress.quantize import quantize, read_weights
 from llm_jax.data.loader import whole_to_device
+from llm_jax.data.ngrams import character_ngrams
 from llm_jax.data.packing import Batch, batches_by_length, length_buckets
 from llm_jax.data.tasks import encode_within
 from llm_jax.data.tokenizer import load_tokenizer
@@ -30,35 +31,37 @@ from llm_jax.ops.attention import FullContext
 from llm_jax.sharding import data_shards, fetch
 
 Rows = tuple[np.ndarray, Batch]  # places in the list of texts [b]; the batch, [B >= b, T]
-Program = Callable[[Params, jax.Array, jax.Array], jax.Array]
+Program = Callable[[Params, dict[str, jax.Array]], jax.Array]
 
 
 def make_classify(model: Model) -> Program:
-    """f(params, tokens, segment_ids) -> class probabilities [B, C] float32, jit-compiled.
+    """f(params, batch) -> class probabilities [B, C] float32, jit-compiled.
 
-    tokens, segment_ids [B, T] int32: one text a row, padded right (segment 0).
+    batch: tokens, segment_ids, positions [B, T] int32, one text a row, padded right (segment 0); ngrams
+    [B, N] int32 for a model with `ngram_orders`.
     """
 
     @jax.jit
-    def probabilities(params, tokens, segment_ids):
-        net, context = model.bind(params), FullContext(segment_ids)
-        hidden, context = net(tokens, _positions(segment_ids), context)
-        return jax.nn.softmax(net.classify(hidden, segment_ids, context), axis=-1)
+    def probabilities(params, batch):
+        net, mask = model.bind(params), batch["segment_ids"]
+        hidden, context = net(batch["tokens"], batch["positions"], FullContext(mask))
+        logits = net.classify(hidden, mask, context, batch.get("ngrams"))
+        return jax.nn.softmax(logits, axis=-1)
 
     return probabilities
 
 
 def make_embed(model: Model) -> Program:
-    """f(params, tokens, segment_ids) -> sentence vectors [B, D] float32, jit-compiled.
+    """f(params, batch) -> sentence vectors [B, D] float32, jit-compiled.
 
     The pooled (and, where the model has a pooler, projected) hidden states, not scaled to length 1.
     """
 
     @jax.jit
-    def vectors(params, tokens, segment_ids):
-        net = model.bind(params)
-        hidden, _ = net(tokens, _positions(segment_ids), FullContext(segment_ids))
-        return net.sentence(hidden, segment_ids).astype(jnp.float32)
+    def vectors(params, batch):
+        net, mask = model.bind(params), batch["segment_ids"]
+        hidden, _ = net(batch["tokens"], batch["positions"], FullContext(mask))
+        return net.sentence(hidden, mask).astype(jnp.float32)
 
     return vectors
 
@@ -114,6 +117,7 @@ class TextClassifier:
                 f"max_tokens={max_tokens}: expected 1 to max_positions={model.config.max_positions}"
             )
         self.buckets = length_buckets(self.max_tokens)
+        self._ngrams = character_ngrams(tokenizer, model.config)
         self._classify, self._embed = make_classify(model), make_embed(model)
 
     @classmethod
@@ -173,7 +177,8 @@ class TextClassifier:
         """The texts as padded batches, shortest first; what is too long loses its end."""
         encode, longest = self.tokenizer.encode, self.max_tokens
         tokens = [encode_within(text, encode, longest) for text in texts]
-        return batches_by_length(tokens, self.batch_size, self.buckets)
+        ngrams = None if self._ngrams is None else [self._ngrams(row) for row in tokens]
+        return batches_by_length(tokens, self.batch_size, self.buckets, ngrams)
 
 
 def _apply(program: Program, params: Params, mesh: Mesh, batches: Iterable[Rows]) -> np.ndarray:
@@ -181,8 +186,7 @@ def _apply(program: Program, params: Params, mesh: Mesh, batches: Iterable[Rows]
     places, parts = [], []
     with jax.set_mesh(mesh):
         for rows, batch in batches:
-            device = whole_to_device(batch, mesh)
-            out = program(params, device["tokens"], device["segment_ids"])
+            out = program(params, whole_to_device(batch, mesh))
             places.append(rows)
             parts.append(fetch(out)[: len(rows)])
     if not parts:
@@ -191,12 +195,6 @@ def _apply(program: Program, params: Params, mesh: Mesh, batches: Iterable[Rows]
     ordered = np.empty_like(found)
     ordered[np.concatenate(places)] = found
     return ordered
-
-
-def _positions(segment_ids: jax.Array) -> jax.Array:
-    """0, 1, 2, ... on the tokens of each row, 0 on its padding; [B, T] int32."""
-    columns = jnp.arange(segment_ids.shape[1], dtype=segment_ids.dtype)
-    return columns[None] * (segment_ids > 0).astype(segment_ids.dtype)
 
 
 def _labels(model: Model) -> tuple[str, ...]:

@@ -11,9 +11,11 @@ from flax import nnx
 
 from llm_jax.config import ModelConfig
 from llm_jax.models.layers import ACTIVATIONS, Norm, add_bias, vector, weight
+from llm_jax.ops.attention import AttentionContext
 from llm_jax.ops.linear import linear
 
-HEADS = ("lm_head", "classifier", "pooler", "span")  # where their parameters are; the rest is the trunk
+# Where their parameters are; the rest is the trunk
+HEADS = ("lm_head", "classifier", "ngram_logits", "pooler", "span")
 
 
 def pool(hidden: jax.Array, mask: jax.Array, kind: str) -> jax.Array:
@@ -101,6 +103,34 @@ def fold_parts(logits: jax.Array, parts: tuple[int, ...]) -> jax.Array:
     ends = list(itertools.accumulate(parts))
     each = [logits[:, end - n : end] for n, end in zip(parts, ends, strict=True)]
     return jnp.stack([jax.nn.logsumexp(x, axis=-1) for x in each], axis=-1)
+
+
+class NgramLogits(nnx.Module):
+    """Logits of the classes straight from a text's n-grams, a path beside that from the hidden states.
+
+    The wide part of a wide and deep model (Cheng et al. 2016): linear in which n-grams a text has.
+    """
+
+    GAIN = 20.0  # a row is in few batches, and an optimizer such as Adam moves it by its rate in each
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        del rngs  # nothing is random: no n-gram tells anything yet
+        self.rate = cfg.ngram_dropout
+        shape = (len(cfg.ngram_orders) * cfg.ngram_buckets, sum(cfg.class_parts) or cfg.num_classes)
+        self.table = vector(0.0, shape, ("ngrams", "classes"))
+
+    def __call__(self, ngrams: jax.Array, context: AttentionContext) -> jax.Array:
+        """Rows of the table [B, N] int32, negative = none -> logits [B, P] float32.
+
+        The sum over a text's n-grams, divided by the root of their number: a text is a vector of length
+        1, as TF-IDF has it. P: parts of the classes.
+        """
+        there = (ngrams >= 0).astype(jnp.float32)
+        number = jnp.maximum(there.sum(axis=1, keepdims=True), 1.0)
+        kept = context.dropout(there, self.rate, 0, 4)
+        table = self.table.get_value().astype(jnp.float32)
+        total = jnp.einsum("bnp,bn->bp", table[jnp.maximum(ngrams, 0)], kept)
+        return self.GAIN * total / jnp.sqrt(number)
 
 
 class SpanHead(nnx.Module):

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm_jax.config import ModelConfig
-from llm_jax.models.heads import ClassifierHead, LMHead, Pooler, SpanHead, fold_parts, pool
-from llm_jax.models.layers import MLP, Attention, Embed, NgramEmbed, Norm
+from llm_jax.models.heads import ClassifierHead, LMHead, NgramLogits, Pooler, SpanHead, fold_parts, pool
+from llm_jax.models.layers import MLP, Attention, Embed, Norm
 from llm_jax.models.moe import MoE, hold_matrices
 from llm_jax.models.pipeline import through_stages
 from llm_jax.ops.attention import AttentionContext
@@ -86,7 +86,6 @@ class Transformer(nnx.Module):
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         self.embed = Embed(cfg, rngs=rngs)
-        self.ngrams = NgramEmbed(cfg, rngs=rngs) if cfg.ngram_orders else None
         stack = nnx.vmap(
             lambda r: Block(cfg, rngs=r),
             transform_metadata={nnx.PARTITION_NAME: "layers", "axes": "layers"},
@@ -96,6 +95,7 @@ class Transformer(nnx.Module):
         self.lm_head = LMHead(cfg, rngs=rngs) if cfg.head in ("lm", "masked_lm") else None
         self.pooler = Pooler(cfg, rngs=rngs) if cfg.pooler else None
         self.classifier = ClassifierHead(cfg, rngs=rngs) if cfg.head == "classifier" else None
+        self.ngram_logits = NgramLogits(cfg, rngs=rngs) if cfg.ngram_orders else None
         self.span = SpanHead(cfg, rngs=rngs) if cfg.head == "span" else None
 
     def __call__(
@@ -107,8 +107,6 @@ class Transformer(nnx.Module):
     ) -> tuple[jax.Array, Context]:
         """tokens, positions, token_types [B, T] int32 -> hidden [B, T, D] and the context after."""
         x = self.embed(tokens, positions, token_types)
-        if self.ngrams is not None:
-            x += self.ngrams(tokens, positions, context)
         x = context.dropout(shard(x, "batch", "seq", "embed"), self.cfg.dropout, 0, 2)
         x, context = tap(context, "embed", x, 0)
         x, context = self._through_layers(x, positions, context)
@@ -125,16 +123,39 @@ class Transformer(nnx.Module):
         pooled = pool(hidden, mask, self.cfg.pooling)
         return pooled if self.pooler is None else self.pooler(pooled)
 
-    def classify(self, hidden: jax.Array, mask: jax.Array, context: AttentionContext) -> jax.Array:
-        """hidden [B, T, D], mask [B, T] -> class logits [B, C] float32."""
-        return fold_parts(self.classify_parts(hidden, mask, context), self.cfg.class_parts)
+    def classify(
+        self,
+        hidden: jax.Array,
+        mask: jax.Array,
+        context: AttentionContext,
+        ngrams: jax.Array | None = None,
+    ) -> jax.Array:
+        """Class logits [B, C] float32, the mean of all paths; arguments as `classify_parts` has them."""
+        paths = self.classify_parts(hidden, mask, context, ngrams)
+        return fold_parts(jnp.stack(paths).mean(axis=0), self.cfg.class_parts)
 
-    def classify_parts(self, hidden: jax.Array, mask: jax.Array, context: AttentionContext) -> jax.Array:
-        """hidden [B, T, D], mask [B, T] -> logits [B, P] float32 of the parts of the classes."""
+    def classify_parts(
+        self,
+        hidden: jax.Array,
+        mask: jax.Array,
+        context: AttentionContext,
+        ngrams: jax.Array | None = None,
+    ) -> tuple[jax.Array, ...]:
+        """hidden [B, T, D], mask [B, T] -> logits [B, P] float32 of the parts of the classes, by path.
+
+        The first path is from the hidden states, a second one from the n-grams of a model that has
+        `ngram_orders`. ngrams: [B, N] int32, as `data.ngrams` makes them.
+        """
         if self.classifier is None:
             raise ValueError(f"head={self.cfg.head!r} has no classes; expected 'classifier'")
         pooled = context.dropout(self.sentence(hidden, mask), self.cfg.dropout, 0, 3)
-        return self.classifier(pooled)
+        logits = self.classifier(pooled)
+        if self.ngram_logits is None:
+            return (logits,)
+        if ngrams is None:
+            orders = self.cfg.ngram_orders
+            raise ValueError(f"ngrams=None: expected those of ngram_orders={orders}; see data.ngrams")
+        return logits, self.ngram_logits(ngrams, context)
 
     def spans(self, hidden: jax.Array) -> jax.Array:
         """hidden [B, T, D] -> logits [B, T, 2] float32 of an answer's first and last token."""

@@ -18,6 +18,7 @@ from llm_jax.checkpoint.peft import peft_modules
 from llm_jax.checkpoint.workdir import begin_run, load_base, load_start
 from llm_jax.config import ClassificationConfig, ModelConfig
 from llm_jax.data.loader import ExampleLoader, Transform, this_host, whole_to_device
+from llm_jax.data.ngrams import character_ngrams
 from llm_jax.data.packing import Batch, batches_by_length, length_buckets
 from llm_jax.data.replacements import frequent_matches
 from llm_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -101,13 +102,14 @@ def run(
             tokenizer = _tokenizer(config, rows.texts, workdir / "tokenizer")
     else:
         tokenizer = _load(found.tokenizer)
+    model_config = _model_config(config, found, tokenizer, labels, class_parts)
+    ngrams = character_ngrams(tokenizer, model_config)
     encode, longest = tokenizer.encode, config.max_tokens
-    examples = classification_examples(rows.texts, rows.parts, encode, longest)
+    examples = classification_examples(rows.texts, rows.parts, encode, longest, ngrams)
     weights = row_weights(rows, balance_classes=config.balance_classes)
     examples = [dataclasses.replace(e, weight=w) for e, w in zip(examples, weights, strict=True)]
-    dev = classification_examples(held_out.texts, held_out.gold, encode, longest)
+    dev = classification_examples(held_out.texts, held_out.gold, encode, longest, ngrams)
 
-    model_config = _model_config(config, found, tokenizer, labels, class_parts)
     transform = _augmentation(tokenizer, config)
     model = describe(dataclasses.replace(model_config, param_dtype="float32"))  # master weights
     begin = None if found is None else _beginning(config, found, model, mesh)
@@ -184,7 +186,7 @@ def _beginning(
     """
     fields = ("head", "labels", "class_parts", "pooling", "pooler")
     kept = all(getattr(model.config, name) == getattr(found.config, name) for name in fields)
-    redraw = () if kept else ("classifier/",)
+    redraw = () if kept else ("classifier/", "ngram_logits/")
 
     def begun(params: Params) -> Params:
         return params if kept else params | {"classifier": jax.tree.map(_zeros, params["classifier"])}
@@ -234,8 +236,9 @@ def eval_batches(examples: Sequence[Example], batch_size: int, buckets: Sequence
 
     What the last batch lacks is filled with rows of padding (label -1, segment 0).
     """
-    batches = []
-    for indices, batch in batches_by_length([e.tokens for e in examples], batch_size, buckets):
+    batches, tokens = [], [e.tokens for e in examples]
+    ngrams = [e.ngrams for e in examples if e.ngrams is not None] or None
+    for indices, batch in batches_by_length(tokens, batch_size, buckets, ngrams):
         labels = np.full(batch_size, -1, np.int32)
         labels[: len(indices)] = [examples[i].label for i in indices]
         batches.append(batch | {"labels": labels})

@@ -161,8 +161,8 @@ def masked_lm_model(config: ModelConfig, dropout: float | None = None) -> Model:
     """
     if dropout is not None:
         config = dataclasses.replace(config, dropout=dropout)
-    changes = {"head": "masked_lm", "tie_embeddings": True, "pooler": False, "param_dtype": "float32"}
-    return describe(dataclasses.replace(config, num_classes=0, labels=(), class_parts=(), **changes))
+    config = config.with_head("masked_lm")
+    return describe(dataclasses.replace(config, tie_embeddings=True, param_dtype="float32"))
 
 
 def masked_lm_objective(tokenizer: Tokenizer, rate: float) -> Objective:
@@ -266,6 +266,5 @@ def _model_config(
     if found.causal:
         raise ValueError(f"init_from={start.path!r} is a {found.family!r} decoder; expected an encoder")
     start.check("row_tokens", config.row_tokens, tokenizer)
-    changes = {"head": "masked_lm", "pooler": False, "num_classes": 0, "labels": (), "class_parts": ()}
     dropout = found.dropout if config.dropout is None else config.dropout
-    return dataclasses.replace(found, dropout=dropout, **changes)
+    return dataclasses.replace(found.with_head("masked_lm"), dropout=dropout)

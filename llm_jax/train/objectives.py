@@ -135,36 +135,46 @@ def classification_loss(
     """Cross entropy of each row's label, the mean weighted by the rows' weights.
 
     batch: tokens, segment_ids, positions [B, T] int32; labels [B] int32, of the model's `class_parts`
-    where it has them (-1 = a row of padding); weights [B] float32, without which all rows weigh 1.
+    where it has them (-1 = a row of padding); weights [B] float32, without which all rows weigh 1;
+    ngrams [B, N] int32 for a model with `ngram_orders`.
     r_drop: while training, every row is seen twice, and so many times the divergence of the two
     answers is added to their mean loss (R-Drop, Liang et al. 2021, whose alpha is twice this).
+
+    Of a model with two paths to its logits, the mean of three losses: the answer's, which is the paths'
+    mean, and each path's own, so that neither leaves to the other what it could learn itself (deep
+    supervision, Lee et al. 2015).
     """
     labels, parts = batch["labels"], net.cfg.class_parts
     rows = (labels >= 0).astype(jnp.float32)
     weights = rows * batch["weights"] if "weights" in batch else rows
     keys = jax.random.split(key) if r_drop and key is not None else [key]
-    answers = [_part_logits(net, batch, key) for key in keys]
-    losses = [cross_entropy(x, labels, label_smoothing=label_smoothing) for x in answers]
+    passes = [_part_logits(net, batch, key) for key in keys]
+    losses = []
+    for answers in zip(*passes, strict=True):
+        each = [cross_entropy(x, labels, label_smoothing=label_smoothing) for x in answers]
+        losses.append(sum(each) / len(each))
+        if len(answers) == 2:
+            losses[-1] += r_drop * _disagreement(*answers)
     loss = sum(losses) / len(losses)
-    if len(answers) == 2:
-        loss += r_drop * _disagreement(*answers)
     if parts:
         classes = np.repeat(np.arange(len(parts), dtype=np.int32), parts)
         labels = jnp.asarray(classes)[jnp.maximum(labels, 0)]
-    chosen = jnp.argmax(fold_parts(answers[0], parts), axis=-1).astype(labels.dtype)
+    chosen = jnp.argmax(fold_parts(passes[0][0], parts), axis=-1).astype(labels.dtype)
     correct = jnp.sum((chosen == labels).astype(jnp.float32) * rows)
     return jnp.sum(loss * weights), weights.sum(), {"accuracy": (correct, rows.sum())}
 
 
 def classification_logits(net: Transformer, batch: Batch, key: jax.Array | None) -> jax.Array:
-    """Class logits [B, C] float32 of a batch (tokens, segment_ids, positions [B, T])."""
-    return fold_parts(_part_logits(net, batch, key), net.cfg.class_parts)
+    """Class logits [B, C] float32 of a batch: tokens, segment_ids, positions [B, T], perhaps ngrams."""
+    return fold_parts(_part_logits(net, batch, key)[0], net.cfg.class_parts)
 
 
-def _part_logits(net: Transformer, batch: Batch, key: jax.Array | None) -> jax.Array:
+def _part_logits(net: Transformer, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, ...]:
+    """Logits [B, P] of the answer, and of each path to it where there are several."""
     context = FullContext(batch["segment_ids"], key)
     hidden, context = net(batch["tokens"], batch["positions"], context)
-    return net.classify_parts(hidden, batch["segment_ids"], context)
+    paths = net.classify_parts(hidden, batch["segment_ids"], context, batch.get("ngrams"))
+    return paths if len(paths) == 1 else (jnp.stack(paths).mean(axis=0), *paths)
 
 
 def _disagreement(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -222,5 +222,4 @@ def _model_config(
             f"init_from={config.init_from!r} is a {found.family!r} decoder; expected an encoder"
         )
     start.check("max_tokens", config.max_tokens, tokenizer)
-    changes = {"head": "span", "pooler": False, "num_classes": 0, "labels": (), "class_parts": ()}
-    return dataclasses.replace(found, **changes)
+    return found.with_head("span")

@@ -1,4 +1,6 @@
-"""Hashed n-gram embeddings: which rows are looked up, and that each is used as the table has it."""
+"""Logits of n-grams: what they add to a classifier's own, and that a trained model serves with them."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +8,15 @@ import numpy as np
 import pytest
 
 from llm_jax.checkpoint.hf import export_hf
-from llm_jax.config import ModelConfig
+from llm_jax.config import ClassificationConfig, ModelConfig, OptimConfig, PretrainConfig
+from llm_jax.data.ngrams import ABSENT
+from llm_jax.infer.classify import TextClassifier
 from llm_jax.models import describe, init_params
-from llm_jax.models.layers import NgramEmbed, ngram_rows
+from llm_jax.models.heads import NgramLogits
 from llm_jax.ops.attention import FullContext
 from llm_jax.sharding import make_mesh
+from llm_jax.train import classification
+from llm_jax.train.objectives import classification_loss
 
 BUCKETS = 64
 SIZES = {
@@ -23,116 +29,180 @@ SIZES = {
     "mlp_dim": 24,
     "max_positions": 16,
     "causal": False,
-    "head": "embedding",
+    "head": "classifier",
+    "num_classes": 3,
     "pooling": "mean",
     "ngram_orders": (2, 3),
     "ngram_buckets": BUCKETS,
 }
 
 
-def rows_of(tokens, positions, orders=(2, 3), buckets=BUCKETS):
-    rows, whole = ngram_rows(jnp.asarray(tokens), jnp.asarray(positions), orders, buckets)
-    return np.asarray(rows), np.asarray(whole)
-
-
-def test_a_row_depends_on_its_ngram_alone():
+def batch():
+    """Four texts of 8, 5, 2 and 1 tokens with 6, 3, 1 and no n-grams."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 9, (20, 30)).astype(np.int32)  # few ids, so that n-grams come again
-    rows, whole = rows_of(tokens, np.tile(np.arange(30, dtype=np.int32), (20, 1)))
-    for o, order in enumerate((2, 3)):
-        of = {}
-        for b, t in np.argwhere(whole[..., o]):
-            of.setdefault(tuple(tokens[b, t - order + 1 : t + 1]), set()).add(rows[b, t, o])
-        assert all(len(found) == 1 for found in of.values())
-        found = np.array([next(iter(x)) for x in of.values()])
-        assert found.min() >= o * BUCKETS and found.max() < (o + 1) * BUCKETS
-        turned = [of[gram] != of[gram[::-1]] for gram in of if gram[::-1] in of and gram != gram[::-1]]
-        assert np.mean(turned) > 0.9, "the order of the tokens counts"
+    tokens, positions, mask = np.zeros((3, 4, 8), np.int32)
+    ngrams = np.full((4, 8), ABSENT, np.int32)
+    for row, (size, number) in enumerate(((8, 6), (5, 3), (2, 1), (1, 0))):
+        tokens[row, :size] = rng.integers(0, 31, size)
+        positions[row, :size], mask[row, :size] = np.arange(size), 1
+        ngrams[row, :number] = rng.choice(2 * BUCKETS, number, replace=False)
+    return tokens, positions, mask, ngrams
 
 
-def test_the_hash_fills_the_buckets_evenly():
-    pairs = np.stack(np.meshgrid(np.arange(300), np.arange(300)), -1).reshape(-1, 2).astype(np.int32)
-    rows, _ = rows_of(pairs, np.tile([[0, 1]], (len(pairs), 1)), orders=(2,), buckets=1000)
-    counts = np.bincount(rows[:, 1, 0], minlength=1000)
-    # 90,000 pairs in 1,000 buckets: mean 90, standard deviation 9.5 if they fall at random
-    assert counts.std() < 12 and counts.min() > 40 and counts.max() < 140
+def with_table(model, seed=1):
+    """Parameters at random, and a table that says something."""
+    params = init_params(model, make_mesh("data:1"), jax.random.key(0))
+    shape = params["ngram_logits"]["table"].shape
+    table = np.random.default_rng(seed).normal(0, 0.1, shape).astype(np.float32)
+    return params | {"ngram_logits": {"table": jnp.asarray(table)}}
 
 
-def test_no_ngram_reaches_into_another_document():
-    tokens = np.array([[5, 6, 7, 5, 6, 7]], np.int32)
-    _, whole = rows_of(tokens, np.array([[0, 1, 2, 0, 1, 2]], np.int32))
-    np.testing.assert_array_equal(whole[0, :, 0], [False, True, True, False, True, True])
-    np.testing.assert_array_equal(whole[0, :, 1], [False, False, True, False, False, True])
-
-
-def forward(tokens, positions, key=None, rate=0.0):
-    """NgramEmbed of a table whose row r is r + 1 in every column."""
-    model = describe(ModelConfig("llama", **SIZES, ngram_dropout=rate))
-    rows = 1.0 + np.arange(2 * BUCKETS, dtype=np.float32)
-    params = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), model.shapes)
-    params["ngrams"]["table"] = jnp.asarray(np.tile(rows[:, None], (1, SIZES["embed_dim"])))
+def paths(model, params, rows, key=None):
+    """Logits [B, 3] of each path, and of the classes."""
+    tokens, positions, mask, ngrams = map(jnp.asarray, rows)
 
     def run(params):
-        module = model.bind(params).ngrams
-        assert isinstance(module, NgramEmbed)
-        return module(tokens, positions, FullContext(jnp.ones_like(tokens), key))
+        net, context = model.bind(params), FullContext(mask, key)
+        hidden, context = net(tokens, positions, context)
+        classes = net.classify(hidden, mask, context, ngrams)
+        return *net.classify_parts(hidden, mask, context, ngrams), classes
 
-    return np.asarray(jax.jit(run)(params))
+    return [np.asarray(x) for x in jax.jit(run)(params)]
 
 
-def test_the_sum_of_the_ngrams_is_added():
-    tokens = jnp.asarray([[5, 6, 7, 8]], jnp.int32)
-    positions = jnp.arange(4, dtype=jnp.int32)[None]
-    rows, whole = rows_of(tokens, positions)
-    want = ((rows + 1.0) * whole).sum(-1)[..., None]
-    np.testing.assert_array_equal(forward(tokens, positions), np.broadcast_to(want, (1, 4, 16)))
+def test_one_path_is_the_sum_over_the_root_of_the_number():
+    """As a loop has it in float64; the other is as without n-grams; the classes have their mean."""
+    model = describe(ModelConfig("llama", **SIZES))
+    plain = describe(ModelConfig("llama", **SIZES | {"ngram_orders": (), "ngram_buckets": 0}))
+    params, rows = with_table(model), batch()
+    deep, wide, classes = paths(model, params, rows)
+    alone, _ = paths(plain, {k: v for k, v in params.items() if k != "ngram_logits"}, rows)
+    np.testing.assert_allclose(deep, alone, atol=1e-6)
+    np.testing.assert_allclose(classes, (deep + wide) / 2, atol=1e-6)
+    table = np.asarray(params["ngram_logits"]["table"], np.float64)
+    for got, row in zip(wide, rows[-1], strict=True):
+        seen = [table[place] for place in row if place != ABSENT]
+        want = NgramLogits.GAIN * np.sum(seen, axis=0) / np.sqrt(len(seen)) if seen else np.zeros(3)
+        np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def test_the_answer_and_each_path_learn_by_their_own_loss():
+    model = describe(ModelConfig("llama", **SIZES | {"class_parts": (1, 2, 1)}))
+    params, rows = with_table(model), batch()
+    labels = np.array([0, 2, 3, -1])
+    names = ("tokens", "positions", "segment_ids", "ngrams", "labels")
+    given = {n: jnp.asarray(x) for n, x in zip(names, (*rows, labels), strict=True)}
+    loss, count, metrics = classification_loss(model.bind(params), given, None, label_smoothing=0.1)
+    deep, wide, _ = paths(model, params, rows)
+    want = []
+    for logits in np.float64([(deep + wide) / 2, deep, wide]):
+        logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        right = logp[np.arange(3), labels[:3]]
+        want.append(-(0.9 * right + 0.1 * logp[:3].mean(axis=1)).sum())
+    assert float(loss) == pytest.approx(np.mean(want), rel=1e-5) and float(count) == 3
+    sums = [np.exp(np.float64(deep + wide) / 2)[:3, part] for part in ([0], [1, 2], [3])]
+    right = np.argmax([s.sum(axis=1) for s in sums], axis=0) == [0, 1, 2]
+    assert [float(x) for x in metrics["accuracy"]] == [right.sum(), 3]
+
+
+def test_a_batch_without_them_is_refused():
+    model = describe(ModelConfig("llama", **SIZES))
+    *rows, _ = batch()
+    with pytest.raises(ValueError, match=r"ngrams=None.*ngram_orders=\(2, 3\)"):
+        net = model.bind(with_table(model))
+        mask = jnp.asarray(rows[2])
+        net.classify(jnp.zeros((4, 8, 16)), mask, FullContext(mask))
+
+
+def test_parts_of_classes_have_logits_of_their_own():
+    model = describe(ModelConfig("llama", **SIZES | {"class_parts": (1, 2, 1)}))
+    assert model.shapes["ngram_logits"]["table"].shape == (2 * BUCKETS, 4)
+
+
+def test_the_table_is_silent_at_first():
+    model = describe(ModelConfig("llama", **SIZES))
+    params = init_params(model, make_mesh("data:1"), jax.random.key(0))
+    assert not np.asarray(params["ngram_logits"]["table"]).any()
 
 
 def test_dropout_drops_whole_ngrams_and_only_while_training():
-    rng = np.random.default_rng(0)
-    tokens = jnp.asarray(rng.integers(0, 31, (8, 16)), jnp.int32)
-    positions = jnp.tile(jnp.arange(16, dtype=jnp.int32), (8, 1))
-    rows, whole = rows_of(tokens, positions)
-    plain = forward(tokens, positions, rate=0.75)
-    np.testing.assert_array_equal(plain, forward(tokens, positions))
-    dropped = forward(tokens, positions, jax.random.key(0), rate=0.75)
-    np.testing.assert_array_equal(dropped, np.broadcast_to(dropped[..., :1], dropped.shape))
-    two, three = np.moveaxis((rows + 1.0) * whole, -1, 0)
-    each = np.stack([np.zeros_like(two), 4 * two, 4 * three, 4 * (two + three)], -1)
-    kind = np.abs(each - dropped[..., :1]).argmin(-1)
-    np.testing.assert_allclose(
-        np.take_along_axis(each, kind[..., None], -1), dropped[..., :1], rtol=1e-6
-    )
-    full = whole.all(-1)  # where both are there: each stays with probability 1/4
-    assert 0.4 < (kind[full] == 0).mean() < 0.72 and set(kind[full]) == {0, 1, 2, 3}
+    model = describe(ModelConfig("llama", **SIZES | {"ngram_dropout": 0.75}))
+    params = with_table(model)
+    table = params["ngram_logits"]["table"]
+    params["ngram_logits"]["table"] = jnp.ones_like(table).at[1].set(10.0)  # tells which are there
+    tokens = np.ones((256, 2), np.int32)
+    ngrams = np.tile(np.array([0, 1, ABSENT], np.int32), (256, 1))
+    rows = tokens, np.tile(np.arange(2, dtype=np.int32), (256, 1)), tokens, ngrams
+
+    def share(key):
+        wide = paths(model, params, rows, key)[1]
+        assert np.ptp(wide, axis=1).max() == 0, "an n-gram goes as a whole"
+        return wide[:, 0] * np.sqrt(2) / NgramLogits.GAIN
+
+    np.testing.assert_allclose(share(None), 11.0, rtol=1e-5)
+    trained = share(jax.random.key(0))
+    kinds, counts = np.unique(np.round(trained, 2), return_counts=True)
+    np.testing.assert_allclose(kinds, [0, 4, 40, 44], atol=0.02)  # each stays with probability 1/4
+    wanted = 256 * np.array([9, 3, 3, 1]) / 16
+    assert (np.abs(counts - wanted) < 4 * np.sqrt(wanted)).all()
 
 
 def test_sharded_equals_unsharded():
     model = describe(ModelConfig("llama", **SIZES))
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 31, (4, 8)).astype(np.int32)
-    positions = np.tile(np.arange(8, dtype=np.int32), (4, 1))
-
-    def run(params):
-        context = FullContext(jnp.ones_like(tokens))
-        return model.bind(params)(jnp.asarray(tokens), jnp.asarray(positions), context)[0]
-
+    rows, whole = batch(), with_table(model)
     results = []
     for name in ("data:1", "data:2,fsdp:2,tensor:2"):
         mesh = make_mesh(name)
-        params = init_params(model, mesh, jax.random.key(0))
+        params = jax.device_put(whole, model.shardings(mesh))
         with jax.set_mesh(mesh):
-            results.append(np.asarray(jax.jit(run)(params)))
-    assert len(params["ngrams"]["table"].addressable_shards) == 8
+            results.append(np.stack(paths(model, params, rows)))
+    table = params["ngram_logits"]["table"]
+    assert table.addressable_shards[0].data.shape == (BUCKETS, 3)  # of two orders, over two devices
     np.testing.assert_allclose(*results, rtol=2e-5, atol=2e-5)
+
+
+def test_a_run_learns_from_pairs_and_serves_them(tmp_path):
+    """Only which word comes first tells the classes apart; masked-LM training has no such table."""
+    lines = ["label\ttext"]
+    for i in range(240):
+        first, second = ("wet", "dry") if i % 2 else ("dry", "wet")
+        lines.append(f"{first}\t{first} {second} {i // 2}")
+    (tmp_path / "pairs.tsv").write_text("\n".join(lines) + "\n")
+    encoder = dataclasses.replace(
+        ModelConfig("bert", **SIZES | {"vocab_size": 300, "max_positions": 32}),
+        embed_norm=True,
+        token_types=2,
+        positions="learned",
+        norm="layer",
+        norm_position="post",
+        ngram_orders=(1, 2, 3),
+        ngram_buckets=4096,
+    )
+    config = ClassificationConfig(
+        data=str(tmp_path / "pairs.tsv"),
+        eval_fraction=0.2,
+        max_tokens=32,
+        model=encoder,
+        optim=OptimConfig(1e-2),
+        batch_size=16,
+        steps=60,
+        pretrain=PretrainConfig(optim=OptimConfig(1e-3), batch_size=4, steps=2),
+    )
+    mesh = make_mesh("data:1")
+    result = classification.run(config, tmp_path / "run", mesh)
+    assert np.mean(result.predicted == result.gold) == 1.0
+    classifier = TextClassifier.load(tmp_path / "run", mesh)
+    assert np.abs(np.asarray(classifier.params["ngram_logits"]["table"])).max() > 0.01
+    answers = classifier.classify(["wet dry 7", "dry wet 7"])
+    assert [a.label for a in answers] == ["wet", "dry"]
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"causal": True, "head": "lm"}, "ngram_orders"),
+        ({"head": "embedding", "num_classes": 0}, "ngram_orders=.*head='embedding'"),
         ({"ngram_buckets": 0}, "ngram_buckets=0"),
-        ({"ngram_orders": (1, 2)}, "2 or more"),
+        ({"ngram_orders": (0, 2)}, "1 or more"),
         ({"ngram_dropout": 1.0}, "ngram_dropout=1.0"),
     ],
 )

@@ -64,7 +64,8 @@ def batch(labels):
 def part_logits(net, rows, key):
     context = FullContext(rows["segment_ids"], key)
     hidden, context = net(rows["tokens"], rows["positions"], context)
-    return net.classify_parts(hidden, rows["segment_ids"], context)
+    (logits,) = net.classify_parts(hidden, rows["segment_ids"], context)
+    return logits
 
 
 def test_a_class_is_as_probable_as_its_parts_together():
