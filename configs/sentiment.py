@@ -81,8 +81,8 @@ def encoder(vocab_size, num_layers, embed_dim, max_positions=128, dropout=0.3, n
         mlp_bias=True,
         dropout=dropout,
         ngram_orders=ngram_orders,
-        ngram_buckets=65536,
-        ngram_dropout=0.3,
+        ngram_buckets=2**18,
+        ngram_dropout=0.2,
     )
 
 

@@ -8,6 +8,7 @@ Letters: B batch, T tokens, C classes.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import jax
@@ -140,41 +141,49 @@ def classification_loss(
     r_drop: while training, every row is seen twice, and so many times the divergence of the two
     answers is added to their mean loss (R-Drop, Liang et al. 2021, whose alpha is twice this).
 
-    Of a model with two paths to its logits, the mean of three losses: the answer's, which is the paths'
-    mean, and each path's own, so that neither leaves to the other what it could learn itself (deep
-    supervision, Lee et al. 2015).
+    A model with n-grams has two paths to its logits, and the loss is a sum: the encoder learns by its
+    own loss and by that of the answer, the mean of both; the n-grams by their own cross entropy alone.
+    By the answer's loss either path would learn only what the other lacks, and label smoothing and
+    R-Drop, which an encoder needs, make a linear model worse (docs/results.md).
     """
     labels, parts = batch["labels"], net.cfg.class_parts
     rows = (labels >= 0).astype(jnp.float32)
     weights = rows * batch["weights"] if "weights" in batch else rows
     keys = jax.random.split(key) if r_drop and key is not None else [key]
     passes = [_part_logits(net, batch, key) for key in keys]
-    losses = []
-    for answers in zip(*passes, strict=True):
-        each = [cross_entropy(x, labels, label_smoothing=label_smoothing) for x in answers]
-        losses.append(sum(each) / len(each))
-        if len(answers) == 2:
-            losses[-1] += r_drop * _disagreement(*answers)
-    loss = sum(losses) / len(losses)
+
+    def regularized(answers: Sequence[jax.Array]) -> jax.Array:
+        losses = [cross_entropy(x, labels, label_smoothing=label_smoothing) for x in answers]
+        mean = sum(losses[1:], losses[0]) / len(losses)
+        return mean + r_drop * _disagreement(*answers) if len(answers) == 2 else mean
+
+    loss = regularized([encoder for encoder, *_ in passes])
+    if net.ngram_logits is not None:
+        given = [(encoder, jax.lax.stop_gradient(ngrams)) for encoder, ngrams in passes]
+        loss += regularized([_mean(paths) for paths in given])
+        loss += cross_entropy(passes[0][1], labels)
     if parts:
         classes = np.repeat(np.arange(len(parts), dtype=np.int32), parts)
         labels = jnp.asarray(classes)[jnp.maximum(labels, 0)]
-    chosen = jnp.argmax(fold_parts(passes[0][0], parts), axis=-1).astype(labels.dtype)
+    chosen = jnp.argmax(fold_parts(_mean(passes[0]), parts), axis=-1).astype(labels.dtype)
     correct = jnp.sum((chosen == labels).astype(jnp.float32) * rows)
     return jnp.sum(loss * weights), weights.sum(), {"accuracy": (correct, rows.sum())}
 
 
 def classification_logits(net: Transformer, batch: Batch, key: jax.Array | None) -> jax.Array:
     """Class logits [B, C] float32 of a batch: tokens, segment_ids, positions [B, T], perhaps ngrams."""
-    return fold_parts(_part_logits(net, batch, key)[0], net.cfg.class_parts)
+    return fold_parts(_mean(_part_logits(net, batch, key)), net.cfg.class_parts)
 
 
 def _part_logits(net: Transformer, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, ...]:
-    """Logits [B, P] of the answer, and of each path to it where there are several."""
+    """Logits [B, P] of each path."""
     context = FullContext(batch["segment_ids"], key)
     hidden, context = net(batch["tokens"], batch["positions"], context)
-    paths = net.classify_parts(hidden, batch["segment_ids"], context, batch.get("ngrams"))
-    return paths if len(paths) == 1 else (jnp.stack(paths).mean(axis=0), *paths)
+    return net.classify_parts(hidden, batch["segment_ids"], context, batch.get("ngrams"))
+
+
+def _mean(paths: Sequence[jax.Array]) -> jax.Array:
+    return jnp.stack(paths).mean(axis=0)
 
 
 def _disagreement(a: jax.Array, b: jax.Array) -> jax.Array:

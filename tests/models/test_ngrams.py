@@ -86,23 +86,35 @@ def test_one_path_is_the_sum_over_the_root_of_the_number():
         np.testing.assert_allclose(got, want, atol=2e-6)
 
 
-def test_the_answer_and_each_path_learn_by_their_own_loss():
+def test_each_path_learns_by_its_own_loss_and_the_encoder_by_the_answers_too():
     model = describe(ModelConfig("llama", **SIZES | {"class_parts": (1, 2, 1)}))
     params, rows = with_table(model), batch()
     labels = np.array([0, 2, 3, -1])
     names = ("tokens", "positions", "segment_ids", "ngrams", "labels")
-    given = {n: jnp.asarray(x) for n, x in zip(names, (*rows, labels), strict=True)}
-    loss, count, metrics = classification_loss(model.bind(params), given, None, label_smoothing=0.1)
+    given = {n: jnp.asarray(x, jnp.int32) for n, x in zip(names, (*rows, labels), strict=True)}
+
+    def loss_of(params):
+        loss, count, metrics = classification_loss(model.bind(params), given, None, label_smoothing=0.1)
+        return loss, (count, metrics)
+
+    (loss, (count, metrics)), slopes = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(params)
     deep, wide, _ = paths(model, params, rows)
-    want = []
-    for logits in np.float64([(deep + wide) / 2, deep, wide]):
+    want, answer = 0.0, np.float64(deep + wide) / 2
+    for logits, smoothing in ((np.float64(deep), 0.1), (answer, 0.1), (np.float64(wide), 0.0)):
         logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         right = logp[np.arange(3), labels[:3]]
-        want.append(-(0.9 * right + 0.1 * logp[:3].mean(axis=1)).sum())
-    assert float(loss) == pytest.approx(np.mean(want), rel=1e-5) and float(count) == 3
-    sums = [np.exp(np.float64(deep + wide) / 2)[:3, part] for part in ([0], [1, 2], [3])]
-    right = np.argmax([s.sum(axis=1) for s in sums], axis=0) == [0, 1, 2]
+        want -= ((1 - smoothing) * right + smoothing * logp[:3].mean(axis=1)).sum()
+    assert float(loss) == pytest.approx(want, rel=1e-5) and float(count) == 3
+    parts = [np.exp(answer)[:3, part].sum(axis=1) for part in ([0], [1, 2], [3])]
+    right = np.argmax(parts, axis=0) == [0, 1, 2]
     assert [float(x) for x in metrics["accuracy"]] == [right.sum(), 3]
+
+    probs = np.exp(np.float64(wide) - np.log(np.exp(np.float64(wide)).sum(axis=1, keepdims=True)))
+    slope = np.zeros(params["ngram_logits"]["table"].shape)
+    for row, label, p in zip(rows[-1][:3], labels, probs, strict=False):
+        seen = row[row != ABSENT]
+        slope[seen] += NgramLogits.GAIN / np.sqrt(len(seen)) * (p - np.eye(4)[label])
+    np.testing.assert_allclose(slopes["ngram_logits"]["table"], slope, atol=1e-5)
 
 
 def test_a_batch_without_them_is_refused():
