@@ -91,7 +91,7 @@ class ModelConfig:
     num_classes: int = 0
     labels: tuple[str, ...] = ()
     class_parts: tuple[int, ...] = ()  # finer classes that make up each class; () = the classes alone
-    # n of the character n-grams that have logits of their own, which are added to the classifier's
+    # n of the character n-grams that have logits of their own, averaged with those of the hidden states
     ngram_orders: tuple[int, ...] = ()
     ngram_buckets: int = 0  # rows of the table that the n-grams of each order share by a hash
     ngram_dropout: float = 0.0  # share of the n-grams left out while training

@@ -6,12 +6,8 @@ from llm_jax.models.describe import Model
 from llm_jax.models.moe import EXPERTS
 from llm_jax.tree import flatten, num_elements
 
-TABLES = (
-    "embed/tokens",
-    "embed/positions",
-    "embed/types",
-    "ngram_logits/table",
-)  # looked up, not multiplied
+# Looked up, not multiplied
+TABLES = ("embed/tokens", "embed/positions", "embed/types", "ngram_logits/table")
 
 
 def forward_flops(model: Model, tokens: int, context: int) -> int:
