@@ -158,7 +158,9 @@ class ModelConfig:
             orders = self.ngram_orders
             require(min(orders) > 0, "ngram_orders", orders, "1 or more each")
             require(self.head == "classifier", "ngram_orders", orders, f"() with head={self.head!r}")
-            require(self.ngram_buckets > 0, "ngram_buckets", self.ngram_buckets, "a positive number")
+            most = (2**31 - 1) // len(orders)  # rows are int32
+            fits = f"1 to {most} for ngram_orders={orders}"
+            require(0 < self.ngram_buckets <= most, "ngram_buckets", self.ngram_buckets, fits)
 
     def _check_experts(self) -> None:
         experts, chosen, loss = self.num_experts, self.experts_per_token, self.router_aux_loss

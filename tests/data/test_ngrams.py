@@ -5,7 +5,10 @@ import string
 import numpy as np
 import pytest
 
+from llm_jax.data.loader import ExampleLoader
 from llm_jax.data.ngrams import ABSENT, CharacterNgrams, pad_ngrams
+from llm_jax.data.packing import batches_by_length
+from llm_jax.data.tasks import classification_examples
 from llm_jax.data.tokenizer import ByteTokenizer
 from llm_jax.data.train_tokenizer import train_sentencepiece
 
@@ -102,3 +105,29 @@ def test_padding():
     assert padded.shape == (2, 256) and padded.dtype == np.int32
     np.testing.assert_array_equal(padded[0], [0, 1, 2] + [ABSENT] * 253)
     np.testing.assert_array_equal(padded[1, :129], long)
+
+
+def of_rows(batch, rows_of):
+    """What the n-grams of each row's own tokens are."""
+    real = batch["segment_ids"] > 0
+    return [rows_of(row[keep]).tolist() for row, keep in zip(batch["tokens"], real, strict=True)]
+
+
+def test_batches_have_the_ngrams_of_their_own_rows_on_any_number_of_hosts():
+    tokenizer = ByteTokenizer()
+    rows_of = CharacterNgrams(tokenizer, (1, 2), 4096)
+    texts = ["ab" * n + str(n) for n in range(1, 60)] + TEXTS[-1:]  # one has more than 128 n-grams
+    texts.append("".join(map(chr, range(32, 127))))
+    examples = classification_examples(texts, [0] * len(texts), tokenizer.encode, 128, rows_of)
+    whole = ExampleLoader(examples, 8, 0, (128,))
+    for step in range(8):
+        batch = whole(step)
+        found = [row[row != ABSENT].tolist() for row in batch["ngrams"]]
+        assert found == of_rows(batch, rows_of)
+        parts = [ExampleLoader(examples, 8, 0, (128,), host_index=i, host_count=2)(step) for i in (0, 1)]
+        np.testing.assert_array_equal(np.concatenate([p["ngrams"] for p in parts]), batch["ngrams"])
+    tokens, ngrams = [e.tokens for e in examples], [e.ngrams for e in examples]
+    for places, batch in batches_by_length(tokens, 8, (64, 128), ngrams):
+        found = [row[row != ABSENT].tolist() for row in batch["ngrams"]]
+        assert found[: len(places)] == of_rows(batch, rows_of)[: len(places)]
+        assert not any(found[len(places) :]), "rows of padding have none"

@@ -207,6 +207,13 @@ def test_a_run_learns_from_pairs_and_serves_them(tmp_path):
     assert np.abs(np.asarray(classifier.params["ngram_logits"]["table"])).max() > 0.01
     answers = classifier.classify(["wet dry 7", "dry wet 7"])
     assert [a.label for a in answers] == ["wet", "dry"]
+    texts = ["dry wet 7 and wet", "wet dry 7", "dry"]  # sorted by length in a batch, each with its own
+    together = [a.probs["wet"] for a in classifier.classify(texts)]
+    alone = [classifier.classify([text])[0].probs["wet"] for text in texts]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    classifier.params["ngram_logits"]["table"] *= 0.0
+    silent = [a.probs["wet"] for a in classifier.classify(texts)]
+    assert np.abs(np.subtract(silent, together)).max() > 0.01, "the table is part of the answer"
 
 
 @pytest.mark.parametrize(
@@ -214,6 +221,7 @@ def test_a_run_learns_from_pairs_and_serves_them(tmp_path):
     [
         ({"head": "embedding", "num_classes": 0}, "ngram_orders=.*head='embedding'"),
         ({"ngram_buckets": 0}, "ngram_buckets=0"),
+        ({"ngram_buckets": 2**30}, "ngram_buckets=1073741824.*1 to 1073741823"),
         ({"ngram_orders": (0, 2)}, "1 or more"),
         ({"ngram_dropout": 1.0}, "ngram_dropout=1.0"),
     ],
